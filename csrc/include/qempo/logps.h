@@ -1,0 +1,80 @@
+// The fused row and column pass of the CPU log-probs: one read of a tile of logits forward, one in place backward.
+// Derivations: docs/linear_logps.md.
+#pragma once
+
+#include <cstdint>
+
+#include "qempo/cpu.h"
+
+namespace qempo::cpu {
+
+enum class Dtype { f32, bf16, f64 };
+
+// A (n, c) tile of raw head outputs hidden @ weight.T, rows ld apart, whose first column is v0 of the vocabulary.
+struct Tile {
+  void* z;
+  int64_t ld, n, c, v0;
+};
+
+// z = softcap * tanh(scale * (raw + bias) / softcap) * inv_temperature. A is float, or double for f64 tiles.
+template <class A>
+struct Head {
+  const A* bias;             // (c) or null
+  const A* inv_temperature;  // (n) or null for 1
+  A scale, softcap;          // softcap 0: none
+  bool identity() const { return !bias && !inv_temperature && scale == A(1) && softcap == A(0); }
+};
+
+// Running statistics of each row, (n) each; entropy and sum_sq parts may be null.
+template <class A>
+struct RowStats {
+  A* max;           // largest logit so far
+  A* sum;           // sum exp(z - max)
+  A* sum_z;         // sum (z - max) exp(z - max), or null
+  A* sum_sq;        // sum exp(2 (z - max)), or null
+  A* target;        // logit of the target, written in the tile that holds it
+  const A* floor_;  // lower bound on the row's log-sum-exp known beforehand (its target logit), or null
+};
+
+// Column statistic (threads, V): max over rows of z - max(running log-sum-exp, floor), or null.
+template <class A>
+using LogpsForward = void (*)(const Tile&, const Head<A>&, const int64_t* targets, const RowStats<A>&, A* columns,
+                              int64_t vocabulary, int threads);
+
+template <class A>
+struct RowGrads {
+  const A* lse;           // (n)
+  const A* grad;          // (n) dloss / dlogp
+  const A* grad_h;        // (n) dloss / dentropy, or null
+  const A* entropy;       // (n), or null with grad_h
+  const A* inverse;       // (c) 1 / keep probability of each column, or null for 1
+  const int64_t* target;  // (n) column of the target within the tile; any other value: not here
+};
+
+// In place: raw outputs become dloss / draw.
+template <class A>
+using LogpsBackward = void (*)(const Tile&, const Head<A>&, const RowGrads<A>&, int threads);
+
+struct LogpsKernels {
+  LogpsForward<float> forward_f32, forward_bf16;
+  LogpsForward<double> forward_f64;
+  LogpsBackward<float> backward_f32, backward_bf16;
+  LogpsBackward<double> backward_f64;
+};
+
+// One table per instruction set, each from its own compilation of cpu/logps.cpp.
+namespace baseline { const LogpsKernels& logps_kernels(); }
+namespace avx2 { const LogpsKernels& logps_kernels(); }
+namespace avx512 { const LogpsKernels& logps_kernels(); }
+const LogpsKernels& logps_kernels();
+
+// Chooses the kept columns of one row chunk. statistic (copies, vocabulary): maxima of log u as the forward left them,
+// reduced here. Column j is kept with probability q = min(1, u' / tau), u' = u, or u (1 - log u + entropy) where
+// entropy >= 0; columns with forced[j] != 0 always. Uniform numbers are a function of (seed, chunk, first_column + j)
+// alone. Writes kept indices and 1 / q; returns how many.
+template <class A>
+int64_t select_columns(const A* statistic, int64_t copies, int64_t vocabulary, double tau, double entropy,
+                       const uint8_t* forced, uint64_t seed, int64_t chunk, int64_t first_column, int64_t* kept,
+                       A* inverse);
+
+}  // namespace qempo::cpu

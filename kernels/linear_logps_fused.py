@@ -1,0 +1,285 @@
+"""Forward of the head in one launch: a GEMM whose tiles of logits go into an online softmax and are never stored.
+
+A program takes a block of rows and a range of the vocabulary; ranges make few rows fill the machine, and a second small
+launch merges them. Compare linear_logps_tiles, where the GEMM is the vendor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import Signature, on_device
+from ._launch import architecture, processors, row, tuned
+from ._softmax import block_stats, capped, merge
+from .linear_logps_tiles import Stats, merge_splits
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
+
+
+class Block(NamedTuple):
+    """One program's rows, columns and depth, its warps, pipeline stages, and programs a processor."""
+
+    n: int
+    v: int
+    d: int
+    warps: int
+    stages: int
+    programs: int
+
+
+class Sizes(NamedTuple):
+    """Launch sizes in half precision: up to FEW rows (W's bytes are the cost), above, with a softcap; in float32."""
+
+    few: Any
+    many: Any
+    capped: Any
+    float32: Any
+
+
+FEW = 64
+_CUDA = Sizes(
+    few=Block(64, 64, 64, 4, 4, 2),
+    many=Block(128, 128, 64, 8, 3, 1),
+    # tanh needs registers: 128 x 128 spills.
+    capped=Block(128, 64, 64, 8, 3, 1),
+    float32=Block(64, 64, 16, 8, 3, 2),
+)
+_AMD = Sizes(*(b._replace(stages=2) for b in _CUDA))
+# Not measured yet: no GPU has run these. Reasoning in docs/linear_logps_gpu.md.
+LAUNCH = {
+    "interpreter": Sizes(*[Block(16, 32, 16, 1, 1, 2)] * 4),
+    "cuda:80": _CUDA,
+    "cuda:90": _CUDA,
+    "cuda:100": _CUDA,
+    "hip:gfx942": _AMD,
+}
+_CANDIDATES = Sizes(
+    few=[Block(n, v, d, 4, 4, 2) for n, v, d in ((16, 64, 128), (32, 64, 64), (64, 64, 64), (64, 64, 128))],
+    many=[Block(n, v, 64, 8, s, 1) for n, v, s in ((128, 128, 3), (128, 128, 4), (64, 128, 3), (64, 256, 3))],
+    capped=[Block(n, v, 64, 8, s, 1) for n, v, s in ((128, 64, 3), (128, 64, 4), (64, 128, 3))],
+    float32=[Block(n, v, d, 8, 3, 2) for n, v, d in ((32, 64, 16), (64, 64, 16), (64, 64, 32))],
+)
+
+
+@triton.jit
+def _linear_logps_fused_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    inv_t_ptr,
+    target_ptr,
+    floor_ptr,
+    max_ptr,
+    sum_ptr,
+    sum_z_ptr,
+    sum_sq_ptr,
+    target_z_ptr,
+    columns_ptr,
+    N,
+    D,
+    V,
+    stride_xn,
+    stride_wv,
+    stride_wd,
+    split_tiles,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Row blocks vary fastest: the programs that run together share one range of W through the cache.
+    block = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = n < N
+    kind: tl.constexpr = x_ptr.dtype if DESCRIPTORS else x_ptr.dtype.element_ty
+    inv_t = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if inv_t_ptr is not None:
+        inv_t = tl.load(inv_t_ptr + n, mask=live, other=1.0)
+    target = tl.load(target_ptr + n, mask=live, other=-1)
+    peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    total_z = tl.zeros((BLOCK_N,), tl.float32)
+    total_sq = tl.zeros((BLOCK_N,), tl.float32)
+    target_z = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    first = split * split_tiles
+    end = tl.minimum(first + split_tiles, tl.cdiv(V, BLOCK_V))
+    for tile in range(first, end):
+        c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = c < V
+        acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for k in range(0, D, BLOCK_D):
+            if DESCRIPTORS:
+                # The copy engine fills what lies outside with zeros.
+                x = x_ptr.load([tl.program_id(0) * BLOCK_N, k])  # (BLOCK_N, BLOCK_D)
+                w = w_ptr.load([tile * BLOCK_V, k]).T  # (BLOCK_D, BLOCK_V)
+            else:
+                d = k + tl.arange(0, BLOCK_D)
+                # Rows and columns past the end read the last one instead of being masked: their logits are dropped
+                # below. int64: V * D passes 2**31 at 256k x 16k.
+                x_at = x_ptr + tl.minimum(n, N - 1)[:, None] * stride_xn + d[None, :]
+                w_at = w_ptr + tl.minimum(c, V - 1).to(tl.int64)[None, :] * stride_wv + d[:, None] * stride_wd
+                if EVEN_D:
+                    x = tl.load(x_at)
+                    w = tl.load(w_at)
+                else:
+                    x = tl.load(x_at, mask=(d < D)[None, :], other=0.0)
+                    w = tl.load(w_at, mask=(d < D)[:, None], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+        bias = None
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + c, mask=inside, other=0.0)[None, :]
+        # Rounded as the backward's GEMM rounds them: where p is near 1 its gradient is p - 1, and an lse of unrounded
+        # logits under a rounded logit of 20 would make that 0.06 in bfloat16.
+        raw = acc.to(kind).to(tl.float32)
+        z = capped(raw, bias, SCALE, SOFTCAP) * inv_t[:, None]
+        z = tl.where(inside[None, :], z, float("-inf"))
+        hit = c[None, :] == target[:, None]
+        here = (target >= tile * BLOCK_V) & (target < tile * BLOCK_V + BLOCK_V)
+        target_z = tl.where(here, tl.sum(tl.where(hit, z, 0.0), 1), target_z)
+        b_peak, b_total, b_total_z, b_total_sq = block_stats(z, sum_z_ptr is not None, sum_sq_ptr is not None)
+        peak, total, total_z, total_sq = merge(peak, total, total_z, total_sq, b_peak, b_total, b_total_z, b_total_sq)
+        if columns_ptr is not None:
+            # Log-sum-exp of this range so far, at most the row's own: a looser bound keeps more and biases nothing.
+            bound = tl.maximum(peak + tl.log(total), tl.load(floor_ptr + n, mask=live, other=0.0))
+            u = tl.where(live[:, None], z - bound[:, None], float("-inf"))
+            tl.store(columns_ptr + block * V + c, tl.max(u, 0), mask=inside)
+    at = split.to(tl.int64) * N + n
+    tl.store(max_ptr + at, peak, mask=live)
+    tl.store(sum_ptr + at, total, mask=live)
+    if sum_z_ptr is not None:
+        tl.store(sum_z_ptr + at, total_z, mask=live)
+    if sum_sq_ptr is not None:
+        tl.store(sum_sq_ptr + at, total_sq, mask=live)
+    tl.store(target_z_ptr + at, target_z, mask=live)
+
+
+def _descriptors(x: torch.Tensor, w: torch.Tensor, block: Block) -> tuple[Any, Any] | None:
+    """x and w for the copy engine of capability 9.0 and newer, or None where they or the device do not suit it."""
+    arch = architecture(x.device)
+    engine = arch == "interpreter" or (arch.startswith("cuda:") and int(arch[5:]) >= 90)
+    if TensorDescriptor is None or not engine:
+        return None
+    for t in (x, w):
+        # It reads whole rows that start at multiples of 16 bytes.
+        if t.stride(1) != 1 or t.stride(0) * t.element_size() % 16 or t.data_ptr() % 16:
+            return None
+    return TensorDescriptor.from_tensor(x, [block.n, block.d]), TensorDescriptor.from_tensor(w, [block.v, block.d])
+
+
+def fused_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    inv_t: torch.Tensor | None,
+    targets: torch.Tensor,
+    stats: Stats,
+    floor: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Statistics of each row over all of w's columns, and the column bounds where wanted.
+
+    Args:
+        x: (n, D) contiguous; float16, bfloat16 or float32.
+        w: (V, D) of the same dtype, any strides.
+        bias, inv_t: (V,) and (n,) float32, or None.
+        targets: (n,) int64; a value outside [0, V) is in another shard.
+        stats: five (n,) float32 vectors, as linear_logps_tiles has them, updated in place.
+        floor: (n,) float32, a lower bound of the final log-sum-exp; with columns.
+        columns: (parts, V) float32 for the log bounds, or None.
+        scale, softcap: of the head.
+    """
+    n, depth = x.shape
+    vocabulary = w.shape[0]
+
+    def run(block: Block, out: Stats, bounds: torch.Tensor | None) -> None:
+        blocks, tiles = triton.cdiv(n, block.n), triton.cdiv(vocabulary, block.v)
+        splits = max(1, min(tiles, block.programs * processors(x.device) // blocks))
+        per_split = triton.cdiv(tiles, splits)
+        splits = triton.cdiv(tiles, per_split)
+        parts = [None if s is None else s.new_empty(splits, n) for s in out]
+        best = None if bounds is None else bounds.new_empty(blocks, vocabulary)
+        descriptors = _descriptors(x, w, block)
+        _linear_logps_fused_kernel[(blocks, splits)](
+            *(descriptors or (x, w)),
+            *(bias, inv_t, targets, floor, *parts, best, n, depth, vocabulary),
+            *(x.stride(0), w.stride(0), w.stride(1), per_split, scale, softcap),
+            EVEN_D=depth % block.d == 0,
+            DESCRIPTORS=descriptors is not None,
+            BLOCK_N=block.n,
+            BLOCK_V=block.v,
+            BLOCK_D=block.d,
+            num_warps=block.warps,
+            num_stages=block.stages,
+        )
+        merge_splits(parts, out)
+        if bounds is not None and best is not None:
+            torch.amax(best, 0, out=bounds[0])
+            bounds[1:].fill_(-torch.inf)
+
+    half = "few" if n <= FEW else "capped" if softcap is not None else "many"
+    size = "float32" if x.dtype == torch.float32 else half
+    shape = f"{n} x {depth} x {vocabulary} {str(x.dtype).removeprefix('torch.')}"
+    default = getattr(row(LAUNCH, architecture(x.device)), size)
+    with on_device(x):
+        block = tuned(
+            *(f"linear_logps fused {size}", shape, x.device, default, getattr(_CANDIDATES, size)),
+            lambda b: run(b, [None if s is None else s.clone() for s in stats], columns),
+        )
+        run(block, stats, columns)
+
+
+def _signature(arch: str, size: str, dtype: str, full: bool, even: bool, descriptors: bool = False) -> Signature:
+    block: Block = getattr(LAUNCH[arch], size)
+    optional = ["bias_ptr", "inv_t_ptr", "sum_z_ptr", "sum_sq_ptr", "columns_ptr", "floor_ptr"]
+
+    def pointers(names: Sequence[str]) -> dict[str, str]:
+        return dict.fromkeys(names, "*fp32")
+
+    def matrix(rows: int) -> str:
+        return f"tensordesc<{dtype[1:]}[{rows},{block.d}]>" if descriptors else dtype
+
+    return Signature(
+        _linear_logps_fused_kernel,
+        {"x_ptr": matrix(block.n), "w_ptr": matrix(block.v), "target_ptr": "*i64", "N": "i32", "D": "i32", "V": "i32"}
+        | {"stride_xn": "i32", "stride_wv": "i32", "split_tiles": "i32"}
+        | pointers(["max_ptr", "sum_ptr", "target_z_ptr", *(optional if full else [])]),
+        {"stride_wd": 1, "SCALE": 0.5 if full else 1.0, "SOFTCAP": 30.0 if full else None}
+        | ({} if full else dict.fromkeys(optional, None))
+        | {"EVEN_D": even, "DESCRIPTORS": descriptors}
+        | {"BLOCK_N": block.n, "BLOCK_V": block.v, "BLOCK_D": block.d},
+        hot=True,
+        num_warps=block.warps,
+        num_stages=block.stages,
+        aligned=("D", "V", "stride_xn", "stride_wv"),
+        targets=("cuda:9", "cuda:1") if descriptors else ("cuda", "hip"),
+    )
+
+
+COMPILE = [
+    _signature("cuda:90", "few", "*bf16", False, True),
+    _signature("cuda:90", "few", "*fp16", True, False),
+    _signature("cuda:90", "many", "*bf16", False, True),
+    _signature("cuda:90", "capped", "*bf16", True, False),
+    _signature("cuda:90", "float32", "*fp32", True, False),
+]
+if TensorDescriptor is not None:
+    COMPILE += [
+        _signature("cuda:90", "few", "*bf16", False, True, True),
+        _signature("cuda:90", "many", "*bf16", False, True, True),
+        _signature("cuda:90", "capped", "*bf16", True, False, True),
+        _signature("cuda:90", "float32", "*fp32", True, False, True),
+    ]

@@ -1,0 +1,5 @@
+"""python -m qempo_fast."""
+
+from qempo_fast.cli import main
+
+main()

@@ -1,0 +1,131 @@
+"""Which backend runs each op on each device, and why.
+
+Order of choice: the ``backend=`` argument, then ``QEMPO_BACKEND``, then the default order below. A backend
+named in the argument that cannot run raises with the reason; a default falls to the next in the order.
+``QEMPO_BACKEND`` is one name ("triton"), taken by every op that has such a kernel, or a list by op
+("linear_logps=triton,dpp=reference").
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _check
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+# "reference" is plain torch and closes every list.
+_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    run: Callable[..., Any]
+    unavailable: Callable[[], str | None]
+
+
+_KERNELS: dict[str, dict[str, _Kernel]] = {}
+
+
+def register(
+    op: str, backend: str, run: Callable[..., Any], unavailable: Callable[[], str | None] = lambda: None
+) -> None:
+    """Enter one implementation of op; unavailable() says why it cannot run on this machine, or None."""
+    _KERNELS.setdefault(op, {})[backend] = _Kernel(run, unavailable)
+
+
+def needs_triton() -> str | None:
+    """Why no Triton kernel can run in this process, or None."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _reason(op: str, backend: str, device_type: str) -> str | None:
+    """Why backend cannot run op on this kind of device, or None where it can."""
+    if backend not in _KERNELS[op]:
+        return f"{op} has no {backend} kernel in this version"
+    # Named outright, Triton also takes CPU tensors in its interpreter: slow, and how kernels are tested without a GPU.
+    interpreted = (backend, device_type, os.environ.get("TRITON_INTERPRET")) == ("triton", "cpu", "1")
+    if backend not in _ORDER.get(device_type, ("reference",)) and not interpreted:
+        return f"{backend} does not run on {device_type} tensors"
+    return _KERNELS[op][backend].unavailable()
+
+
+def _from_environment(op: str) -> str | None:
+    value = os.environ.get("QEMPO_BACKEND", "").strip()
+    if not value:
+        return None
+    if "=" not in value:
+        _check.choice("QEMPO_BACKEND", value, NAMES)
+        return value if value in _KERNELS[op] else None
+    wanted = None
+    for part in value.split(","):
+        name, _, backend = (p.strip() for p in part.partition("="))
+        _check.choice(f"QEMPO_BACKEND, op {name}", name, sorted(_KERNELS))
+        _check.choice(f"QEMPO_BACKEND, {name}", backend, NAMES)
+        wanted = backend if name == op else wanted
+    return wanted
+
+
+def choose(op: str, device: torch.device, backend: str | None = None) -> str:
+    """Name of the backend that runs op on device; raises where one was named and cannot run."""
+    source = "backend"
+    if backend is None:
+        backend, source = _from_environment(op), "QEMPO_BACKEND"
+    if backend is not None:
+        _check.choice(source, backend, NAMES)
+        reason = _reason(op, backend, device.type)
+        if reason is not None:
+            _check.bad_value(source, f"a backend that runs {op} on {device.type}", f"{backend!r}: {reason}")
+        return backend
+    return next(b for b in _ORDER.get(device.type, ("reference",)) if _reason(op, b, device.type) is None)
+
+
+def kernel(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
+    """The implementation of op that choose() names."""
+    return _KERNELS[op][choose(op, device, backend)].run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what runs op on device, and why each backend before it in the order does not."""
+
+    op: str
+    device: str
+    backend: str
+    passed_over: dict[str, str]
+
+
+class Table(list[Row]):
+    """Rows of backends(); prints as aligned text."""
+
+    def __str__(self) -> str:
+        head = ("op", "device", "runs on", "passed over")
+        cells = [head] + [
+            (r.op, r.device, r.backend, "; ".join(f"{b}: {why}" for b, why in r.passed_over.items()) or "-")
+            for r in self
+        ]
+        widths = [max(len(c[i]) for c in cells) for i in range(3)]
+        return "\n".join("  ".join([*(c[i].ljust(widths[i]) for i in range(3)), c[3]]) for c in cells)
+
+
+def backends() -> Table:
+    """Table of what runs each op on each kind of device of this process, with the reasons.
+
+    Returns:
+        A list of rows (op, device, backend, passed_over) that prints as a table.
+    """
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    rows = Table()
+    for op in sorted(_KERNELS):
+        for device in devices:
+            chosen = choose(op, device)
+            order = _ORDER[device.type]
+            before = order[: order.index(chosen)] if chosen in order else order
+            why = {b: _reason(op, b, device.type) or "not chosen" for b in before}
+            rows.append(Row(op, device.type, chosen, why))
+    return rows

@@ -1,0 +1,330 @@
+"""QEMPO's constraint: multipliers for a held quality, solved on a finite set or learnt during training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _check
+from .reference.family import AlphaBeta, optimum
+
+# How far, in nats, max_kl may lie below the smallest attainable KL before it counts as infeasible: callers
+# pass the KL of a policy they computed themselves, which rounding puts on either side of the bound.
+_KL_SLACK = 1e-10
+
+
+class QempoSolution(NamedTuple):
+    """Multipliers and policy of ``solve_qempo``."""
+
+    lam: float
+    mu: float
+    probs: torch.Tensor
+
+
+def target_distribution(
+    rewards: torch.Tensor, ref_logps: torch.Tensor | None = None, *, alpha: float, beta: float = 0.0
+) -> torch.Tensor:
+    """The optimum of E[r] + alpha H(pi) + beta E[log pi_ref] on a finite set of responses.
+
+        pi* = pi_ref^(beta / alpha) exp(r / alpha) / Z
+
+    Derived. alpha = beta is KL-RLHF and DPO, alpha = 1 / lam with beta = 0 QEMPO.
+
+    Args:
+        rewards: (..., n) float, finite.
+        ref_logps: (..., n) float, log-probs of the reference; a constant added to them changes nothing.
+            Needed where beta > 0. Minus infinity, a response that the reference never gives, is allowed.
+        alpha: weight of the entropy, > 0.
+        beta: weight of the cross-entropy to the reference, >= 0.
+
+    Returns:
+        (..., n) probabilities; float32, or float64 for float64 rewards.
+
+    Raises:
+        TypeError, ValueError: rewards of another type or not finite; another shape or device of ref_logps; a
+            hyperparameter out of range.
+    """
+    _check.positive("alpha", alpha)
+    _check.number("beta", beta, low=0.0)
+    _check.tensor("rewards", rewards)
+    if rewards.ndim == 0:
+        _check.bad_value("rewards", "at least 1 dimension", "shape ()")
+    _check.finite("rewards", rewards)
+    if ref_logps is None:
+        if beta > 0:
+            _check.bad_value("ref_logps", "the reference's log-probs, since beta > 0", None)
+    else:
+        _check.tensor("ref_logps", ref_logps, shape=rewards.shape, device=rewards.device)
+        if _check.readable(ref_logps) and bool((ref_logps.isnan() | (ref_logps == torch.inf)).any()):
+            _check.bad_value("ref_logps", "log-probs without NaN or plus infinity", "some")
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    reference = None if ref_logps is None else ref_logps.to(dtype)
+    return optimum(rewards.to(dtype), reference, alpha=alpha, beta=beta)
+
+
+def solve_qempo(
+    rewards: torch.Tensor,
+    ref_logps: torch.Tensor | None = None,
+    *,
+    min_reward: float,
+    max_kl: float | None = None,
+) -> QempoSolution:
+    """The most entropic policy on a finite set whose mean reward is held, and its KL too if asked.
+
+        max H(pi)  s.t.  E_pi[r] >= min_reward  and  KL(pi || pi_ref) <= max_kl
+        pi = exp((lam r + mu log pi_ref) / (1 + mu)) / Z,   lam, mu >= 0, each 0 where its constraint is slack
+
+    Derived (KKT conditions) for the problem that the abstract of 2602.15894 states. In float64 on the CPU, by
+    Newton steps inside a bracket.
+
+    A min_reward equal to the largest reward has only a limit: lam = inf and all mass on the best responses,
+    uniform there, or as max_kl makes it. A max_kl equal, to 1e-10, to the smallest that min_reward leaves has
+    one feasible policy, pi_ref tilted to min_reward (or pi_ref itself): mu = inf, and lam = inf unless pi_ref
+    meets min_reward.
+
+    Args:
+        rewards: (n,) float, finite, n >= 1.
+        ref_logps: (n,) float, finite log-probs of the reference, normalised here over the n responses. Needed
+            with max_kl; not used without.
+        min_reward: R, the mean reward to hold.
+        max_kl: K, the cap on KL(pi || pi_ref) in nats, >= 0; None for no cap (QEMPO instead of QEMPO-KL).
+
+    Returns:
+        (lam, mu, probs): two floats, and (n,) float64 probabilities on the device of rewards.
+
+    Raises:
+        TypeError, ValueError: a tensor of another type, shape or not finite; min_reward above the largest
+            reward; a max_kl that no policy with min_reward meets. The last two name the attainable bound.
+    """
+    _check.tensor("rewards", rewards, ndim=1)
+    if rewards.numel() == 0:
+        _check.bad_value("rewards", "at least one response", "an empty tensor")
+    r = rewards.detach().to("cpu", torch.float64)
+    _check.finite("rewards", r)
+    _check.number("min_reward", min_reward)
+    f = None
+    if max_kl is not None:
+        _check.number("max_kl", max_kl, low=0.0)
+        if ref_logps is None:
+            _check.bad_value("ref_logps", "the reference's log-probs, since max_kl is given", None)
+        _check.tensor("ref_logps", ref_logps, shape=rewards.shape)
+        f = torch.log_softmax(ref_logps.detach().to("cpu", torch.float64), dim=0)
+        _check.finite("ref_logps", f)
+    best = float(r.max())
+    if min_reward > best:
+        _check.bad_value("min_reward", f"at most {best}, the largest reward", min_reward)
+    # Distances below the best reward keep their digits where min_reward is close to it.
+    gaps, floor = r - best, float(min_reward) - best
+    if floor == 0.0 and float(gaps.min()) < 0.0:
+        top = gaps == 0.0
+        _, mu, p = _solve(gaps[top], None if f is None else f[top], 0.0, max_kl)
+        probs = torch.zeros_like(r).masked_scatter(top, p)
+        return QempoSolution(math.inf, mu, probs.to(rewards.device))
+    lam, mu, probs = _solve(gaps, f, floor, max_kl)
+    return QempoSolution(lam, mu, probs.to(rewards.device))
+
+
+def _solve(r: torch.Tensor, f: torch.Tensor | None, floor: float, cap: float | None) -> QempoSolution:
+    """Solve with r <= 0, floor 0 or inside (min r, 0), by which of the two constraints bind."""
+    # 1. The KL cap does not bind: mu = 0.
+    lam, p = _tilt(r, torch.zeros_like(r), floor)
+    if f is None or cap is None or _kl(p, f) <= cap:
+        return QempoSolution(lam, 0.0, p)
+    # 2. No policy that meets the floor is closer to the reference than its own tilt.
+    lam, p = _tilt(r, f, floor)
+    closest = _kl(p, f)
+    if cap < closest - _KL_SLACK * (1.0 + closest):
+        _check.bad_value("max_kl", f"at least {closest:.12g}, the smallest that min_reward leaves", cap)
+    if cap <= closest + _KL_SLACK * (1.0 + closest):
+        return QempoSolution(math.inf if lam > 0.0 else 0.0, math.inf, p)
+
+    # 3. It binds: softmax(a r + t f) with KL = cap, where t = mu / (1 + mu) falls from 1 to 0 as cap grows.
+    def excess(t: float) -> tuple[float, float]:
+        a, q = _tilt(r, t * f, floor)
+        centred_r, centred_f = r - (q * r).sum(), f - (q * f).sum()
+        slope = float((q * centred_f**2).sum())
+        if a > 0.0:
+            slope -= float((q * centred_r * centred_f).sum() ** 2 / (q * centred_r**2).sum())
+        return _kl(q, f) - cap, -(1.0 - t) * slope
+
+    t = _root(excess, 0.0, 1.0)
+    a, p = _tilt(r, t * f, floor)
+    return QempoSolution(a / (1.0 - t), t / (1.0 - t), p)
+
+
+def _tilt(r: torch.Tensor, base: torch.Tensor, floor: float) -> tuple[float, torch.Tensor]:
+    """The smallest a >= 0 at which p = softmax(a r + base) has E_p[r] >= floor, and p."""
+
+    def shortfall(a: float) -> tuple[float, float]:
+        p = torch.softmax(a * r + base, dim=0)
+        mean = (p * r).sum()
+        return floor - float(mean), -float((p * (r - mean) ** 2).sum())
+
+    a = 0.0
+    if shortfall(0.0)[0] > 0.0:
+        high = 1.0 / -float(r.min())
+        while shortfall(high)[0] > 0.0:
+            high *= 2.0
+        a = _root(shortfall, 0.0, high)
+    return a, torch.softmax(a * r + base, dim=0)
+
+
+def _root(f: Callable[[float], tuple[float, float]], low: float, high: float) -> float:
+    """Root of a falling function between low (f > 0) and high (f <= 0); f returns value and slope."""
+    x = 0.5 * (low + high)
+    for _ in range(200):
+        value, slope = f(x)
+        low, high = (x, high) if value > 0.0 else (low, x)
+        step = x - value / slope if slope < 0.0 else math.inf
+        if abs(step - x) <= 1e-15 * x:
+            break
+        new = step if low < step < high else 0.5 * (low + high)
+        if not low < new < high:
+            break
+        x = new
+    return x
+
+
+def _kl(p: torch.Tensor, f: torch.Tensor) -> float:
+    return float((torch.xlogy(p, p) - p * f).sum())
+
+
+class QualityConstraint(torch.nn.Module):
+    """Multipliers that hold mean reward at least min_reward, and KL at most max_kl, during training.
+
+        additive:        lam <- lam + lr (R - mean r),       mu <- max(0, mu + kl_lr (KL - K))
+        multiplicative:  lam <- lam exp(lr (R - mean r)),    mu <- max(0, (1 + mu) exp(kl_lr (KL - K)) - 1)
+        then lam is held inside [lam_min, lam_max], mu under mu_max;  alpha = (1 + mu) / lam, beta = mu / lam
+
+    Derived: dual ascent on QEMPO's and QEMPO-KL's Lagrangian; the abstract of 2602.15894 states the
+    constraints, not this rule. The multiplicative step is mirror ascent on the same dual (entropy mirror map
+    in lam and in 1 + mu), with the same fixed points; it moves by a share of lam, so one lr serves whether
+    the answer is near 1 or near 100. The policy answers lam only after tens of steps, and lam winds up
+    meanwhile: start it near its answer and keep lr small (multiplicative 0.05 to 0.2, additive 0.2 to 0.5 for
+    rewards in [0, 1]), or bound it by lam_max. docs/losses.md has a measured example.
+
+    lam is the weight of reward against entropy. Below lam_min alpha would grow without bound (lam = 0 asks
+    for the uniform policy), so lam stays at lam_min while the constraint is slack.
+
+    Use it as ``loss = qf.spl_loss(l, f, r, group_size=k, alpha=c.alpha, beta=c.beta)``, or
+    ``qf.qempo_kl_loss(..., lam=float(c.lam), mu=float(c.mu))``, then ``c.update(r)``, with
+    ``kl=(l - f).mean()`` where max_kl is set. Across ranks give update() the gathered rewards, or the ranks
+    drift apart.
+
+    Args:
+        min_reward: R.
+        max_kl: K in nats, >= 0, or None for no KL constraint. mu then stays at its start: 0 is QEMPO, and
+            above 0 the constraint scales SPL at a held alpha / beta = (1 + mu) / mu.
+        lr: step of lam, > 0, and of mu unless kl_lr is given.
+        kl_lr: step of mu, > 0.
+        lam: start of lam, inside [lam_min, lam_max].
+        mu: start of mu, inside [0, mu_max].
+        lam_min: smallest lam, > 0.
+        lam_max: largest lam: it bounds the wind-up where min_reward cannot be reached.
+        mu_max: largest mu, the same for max_kl.
+        step: "additive" or "multiplicative".
+
+    Attributes:
+        lam, mu: float32 scalar buffers, saved in the state_dict.
+        alpha, beta: floats, the family's numbers for the losses.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or out of range.
+    """
+
+    lam: torch.Tensor
+    mu: torch.Tensor
+
+    def __init__(
+        self,
+        min_reward: float,
+        *,
+        max_kl: float | None = None,
+        lr: float = 0.05,
+        kl_lr: float | None = None,
+        lam: float = 1.0,
+        mu: float = 0.0,
+        lam_min: float = 1e-2,
+        lam_max: float = 1e4,
+        mu_max: float = 1e4,
+        step: str = "additive",
+    ) -> None:
+        super().__init__()
+        _check.number("min_reward", min_reward)
+        if max_kl is not None:
+            _check.number("max_kl", max_kl, low=0.0)
+        _check.positive("lr", lr)
+        _check.positive("kl_lr", lr if kl_lr is None else kl_lr)
+        _check.positive("lam_min", lam_min)
+        _check.number("lam_max", lam_max, low=lam_min)
+        _check.number("lam", lam, low=lam_min, high=lam_max)
+        _check.positive("mu_max", mu_max)
+        _check.number("mu", mu, low=0.0, high=mu_max)
+        _check.choice("step", step, ("additive", "multiplicative"))
+        self.min_reward, self.max_kl = float(min_reward), max_kl
+        self.lr, self.kl_lr = lr, lr if kl_lr is None else kl_lr
+        self.lam_min, self.lam_max, self.mu_max, self.step = lam_min, lam_max, mu_max, step
+        self.register_buffer("lam", torch.tensor(float(lam), dtype=torch.float32))
+        self.register_buffer("mu", torch.tensor(float(mu), dtype=torch.float32))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QualityConstraint:
+        # A model cast to bfloat16 casts its submodules, and lam = 20 in bfloat16 cannot move by less than
+        # 0.06.
+        lam, mu = self.lam, self.mu
+        super()._apply(fn, recurse)
+        self.lam, self.mu = lam.to(self.lam.device), mu.to(self.mu.device)
+        return self
+
+    @property
+    def alpha(self) -> float:
+        return AlphaBeta.of_qempo(float(self.lam), float(self.mu)).alpha
+
+    @property
+    def beta(self) -> float:
+        return AlphaBeta.of_qempo(float(self.lam), float(self.mu)).beta
+
+    @torch.no_grad()
+    def update(self, rewards: torch.Tensor | float, kl: torch.Tensor | float | None = None) -> QualityConstraint:
+        """One dual step from this batch's rewards, and its KL (mean of l - f, or any estimate); returns self.
+
+        Args:
+            rewards: any shape, float, finite, of samples of the current policy; or their mean.
+            kl: the same for KL(pi || pi_ref); wanted exactly where max_kl is set.
+        """
+        reward = _mean("rewards", rewards)
+        if (kl is None) != (self.max_kl is None):
+            wanted = "None, since there is no max_kl" if self.max_kl is None else "an estimate, since max_kl is set"
+            _check.bad_value("kl", wanted, "None" if kl is None else "one")
+        lam, mu = float(self.lam), float(self.mu)
+        gap = self.lr * (self.min_reward - reward)
+        lam = lam + gap if self.step == "additive" else lam * _exp(gap)
+        if self.max_kl is not None:
+            excess = self.kl_lr * (_mean("kl", kl) - self.max_kl)
+            mu = mu + excess if self.step == "additive" else (1.0 + mu) * _exp(excess) - 1.0
+        self.lam.fill_(min(max(lam, self.lam_min), self.lam_max))
+        self.mu.fill_(min(max(mu, 0.0), self.mu_max))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"min_reward={self.min_reward}, max_kl={self.max_kl}, lr={self.lr}, step={self.step!r}"
+
+
+def _mean(name: str, x: Any) -> float:
+    """Mean of a tensor or a number, finite."""
+    if isinstance(x, torch.Tensor):
+        _check.tensor(name, x)
+        if x.numel() == 0:
+            _check.bad_value(name, "at least one value", "an empty tensor")
+        x = float(x.detach().to(torch.promote_types(x.dtype, torch.float32)).mean())
+        if not math.isfinite(x):
+            _check.bad_value(name, "finite values", f"a mean of {x}")
+    _check.number(name, x)
+    return float(x)
+
+
+def _exp(x: float) -> float:
+    """exp without an overflow error: beyond 700 lam_max and mu_max decide anyway."""
+    return math.exp(min(x, 700.0))

@@ -1,0 +1,296 @@
+"""Token and sequence log-probs from hidden states, without keeping the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from .. import _backends, _check
+from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
+from ..reference.segments import segment_sum as _reference_segment_sum
+from . import triton_backend
+from .from_logits import LogpsFromLogits
+from .function import LinearLogps, shard_range
+from .options import DEFAULT_TAU, ENTROPY_TAU, Options, accumulator
+from .pass_cpu import CpuPass
+from .pass_torch import TorchPass
+
+_backends.register("linear_logps", "cpu", CpuPass)
+_backends.register("linear_logps", "reference", TorchPass)
+_backends.register("logps_from_logits", "cpu", CpuPass)
+_backends.register("logps_from_logits", "reference", TorchPass)
+_backends.register("segment_sum", "reference", _reference_segment_sum)
+_backends.register("linear_logps", "triton", triton_backend.tile_pass, _backends.needs_triton)
+_backends.register("logps_from_logits", "triton", triton_backend.tile_pass, _backends.needs_triton)
+_backends.register("segment_sum", "triton", triton_backend.segment_sum, _backends.needs_triton)
+
+
+def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Sum a flat tensor over segments; deterministic, differentiable in values.
+
+    out_s = sum_{i = cu_seqlens[s]}^{cu_seqlens[s + 1] - 1} values_i, and 0 for an empty segment.
+
+    Args:
+        values: (N,) float16, bfloat16, float32 or float64.
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to N without a fall, as flash-attn's varlen functions take it.
+
+    Returns:
+        (S,) float32, or float64 for float64 values.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, rank, device or offsets that fall or do not cover values.
+    """
+    _check.tensor("values", values, ndim=1)
+    _check.offsets("cu_seqlens", cu_seqlens, values.shape[0], values.device)
+    return _backends.kernel("segment_sum", values.device)(values, cu_seqlens)
+
+
+def linear_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    sum_sq: bool = False,
+    grad: str = "auto",
+    tau: float | None = None,
+    process_group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> TokenLogps:
+    """Log-probs of target tokens straight from hidden states and the output head; the logits are never kept.
+
+    z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
+    logps = z[target] - logsumexp(z);  entropy = -sum_j p_j log p_j;  sum_sq = log sum_j p_j^2,  p = softmax(z)
+
+    The gradient is exact, or sampled: an unbiased estimate that keeps vocabulary column j of a chunk of rows with
+    probability min(1, u_j / tau), u_j an upper bound on its softmax entries there, and divides what it keeps by that
+    probability (docs/linear_logps.md). logps and entropy are differentiable, once, in hidden, weight and bias;
+    temperature and sum_sq are not.
+
+    Args:
+        hidden: (..., D) float16, bfloat16, float32 or float64.
+        weight: (V, D) of the same dtype; with process_group, this rank's rows of it.
+        targets: (...) int64 or int32 in [0, V), or ignore_index.
+        bias: (V,), or this rank's part, or None.
+        temperature: a positive number, or a tensor shaped like targets.
+        logit_scale: multiplies the head's output (Cohere, Granite).
+        softcap: caps it smoothly at +-softcap (Gemma 2); None for no cap.
+        ignore_index: rows with this target count nowhere: outputs and gradients are 0.
+        entropy, sum_sq: ask for these outputs.
+        grad: "exact", "sampled", or "auto": exact for float32 and float64 weights unless tau is given, sampled for
+            bfloat16 and float16 with a tau whose error stays under what the dtype's own rounding costs.
+        tau: keep threshold of the sampled gradient; smaller keeps more columns. None: 2^-9, for bfloat16 2^-10,
+            for float16 2^-13; eight times that with entropy.
+        process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
+            all outputs and the whole hidden gradient.
+        backend: "cpu", "reference", ... (see backends()); None chooses.
+
+    Returns:
+        TokenLogps(logps, entropy, sum_sq), shaped like targets, in nats, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: naming the argument; targets outside [0, V) that are not ignore_index raise on CPU, and
+            on a GPU under QEMPO_CHECK=1; without it their log-prob is NaN.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_head(hidden, weight, targets, bias, logit_scale, softcap, ignore_index)
+    _check_mode(grad, tau)
+    inv_temperature = _inverse_temperature(temperature, targets, accumulator(hidden.dtype))
+    tiles = _backends.kernel("linear_logps", hidden.device, backend)()
+    first, vocabulary = shard_range(weight.shape[0], process_group, hidden.device)
+    flat = targets.reshape(-1).long()
+    counted = flat != ignore_index
+    _check_targets("targets", flat, counted, vocabulary, ignore_index)
+    live = None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    cap, keep = None if softcap is None else float(softcap), _tau(grad, tau, weight, hidden, bias, entropy)
+    # From torch's generator: torch.manual_seed repeats a step, and activation checkpointing, which restores the
+    # generator, sees the same columns when it recomputes.
+    seed = 0 if keep is None else int(torch.randint(2**62, (), dtype=torch.int64))
+    options = Options(float(logit_scale), cap, entropy, sum_sq, keep, seed, process_group)
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    logps, h, ss = LinearLogps.apply(flat_hidden, weight, bias, flat, inv_temperature, live, first, tiles, options)
+    logps = _marked(logps, flat, counted, vocabulary)
+    return TokenLogps(logps.reshape(targets.shape), _shaped(h, targets), _shaped(ss, targets))
+
+
+def sequence_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    average: bool = False,
+    **head: Any,
+) -> SequenceLogps:
+    """Log-probs of packed sequences: linear_logps summed over each segment of a flat token axis.
+
+    logps_s = sum over counted tokens t of sequence s of log p(target_t); with average=True divided by their number
+    (0 where there is none).
+
+    Args:
+        hidden: (N, D), all sequences one after another, no padding.
+        weight: (V, D).
+        targets: (N,); tokens equal to ignore_index are not counted.
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to N, as flash-attn's varlen functions take it.
+        average: divide logps and entropy by the number of counted tokens.
+        **head: every other keyword of linear_logps.
+
+    Returns:
+        SequenceLogps(logps (S,), entropy (S,) or None, lengths (S,) int64 of counted tokens, token_logps (N,)).
+
+    Raises:
+        TypeError, ValueError: as linear_logps; cu_seqlens that fall or do not cover the tokens.
+    """
+    _check.tensor("hidden", hidden, ndim=2)
+    _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:1])
+    _check.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], hidden.device)
+    tokens = linear_logps(hidden, weight, targets, **head)
+    return reduce_sequences(tokens, targets, cu_seqlens, average, head.get("ignore_index", -100))
+
+
+def logps_from_logits(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    backend: str | None = None,
+) -> TokenLogps:
+    """Log-probs of target tokens from logits that exist already, in one pass forward and one backward.
+
+    logps = z[target] - logsumexp(z), z = logits / temperature;  entropy = -sum_j p_j log p_j,  p = softmax(z)
+
+    Args:
+        logits: (..., V) float16, bfloat16, float32 or float64; -inf masks a token.
+        targets: (...) int64 or int32 in [0, V), or ignore_index.
+        temperature: a positive number, or a tensor shaped like targets; not differentiable.
+        ignore_index: rows with this target count nowhere: outputs and gradients are 0.
+        entropy: ask for the entropy too; it is differentiable.
+        backend: see backends(); None chooses.
+
+    Returns:
+        TokenLogps(logps, entropy, None), shaped like targets, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: naming the argument, as linear_logps does.
+    """
+    _check.tensor("logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        _check.bad_value("logits", "shape (..., V) with V > 0", tuple(logits.shape))
+    _check.tensor("targets", targets, dtypes=_check.INTS, shape=logits.shape[:-1], device=logits.device)
+    _check.integer("ignore_index", ignore_index, low=-(2**63))
+    inv_temperature = _inverse_temperature(temperature, targets, accumulator(logits.dtype))
+    tiles = _backends.kernel("logps_from_logits", logits.device, backend)()
+    flat = targets.reshape(-1).long()
+    counted = flat != ignore_index
+    _check_targets("targets", flat, counted, logits.shape[-1], ignore_index)
+    logps, h = LogpsFromLogits.apply(
+        logits.reshape(-1, logits.shape[-1]), flat.where(counted, 0), counted, inv_temperature, tiles, entropy
+    )
+    logps = _marked(logps, flat, counted, logits.shape[-1])
+    return TokenLogps(logps.reshape(targets.shape), _shaped(h, targets), None)
+
+
+def _shaped(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    return None if x is None else x.reshape(like.shape)
+
+
+def _autocast(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Under autocast the head runs in the autocast dtype, as torch's own linear does."""
+    tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
+    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors):
+        return hidden, weight, bias  # the checks that follow say what is wrong
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_head(
+    hidden: Any, weight: Any, targets: Any, bias: Any, logit_scale: Any, softcap: Any, ignore_index: Any
+) -> None:
+    _check.tensor("hidden", hidden)
+    if hidden.ndim < 1:
+        _check.bad_value("hidden", "shape (..., D)", tuple(hidden.shape))
+    _check.plain("weight", weight)
+    _check.tensor("weight", weight, dtypes=(hidden.dtype,), shape=(-1, hidden.shape[-1]), device=hidden.device)
+    if weight.shape[0] == 0:
+        _check.bad_value("weight", "at least one row", tuple(weight.shape))
+    _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:-1], device=hidden.device)
+    if bias is not None:
+        _check.tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
+    _check.positive("logit_scale", logit_scale)
+    if softcap is not None:
+        _check.positive("softcap", softcap)
+    _check.integer("ignore_index", ignore_index, low=-(2**63))
+
+
+def _check_mode(grad: Any, tau: Any) -> None:
+    _check.choice("grad", grad, ("auto", "exact", "sampled"))
+    if tau is not None:
+        _check.number("tau", tau, low=0.0, high=1.0, open_low=True)
+        if grad == "exact":
+            _check.bad_value("tau", "None with grad='exact'", tau)
+
+
+def _outside(targets: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    return counted & ((targets < 0) | (targets >= vocabulary))
+
+
+def _marked(logps: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """NaN at targets outside [0, V) where they could not be checked before: never a plausible number."""
+    if _check.readable(targets):
+        return logps
+    return logps.masked_fill(_outside(targets, counted, vocabulary), torch.nan)
+
+
+def _check_targets(name: str, targets: torch.Tensor, counted: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    if not _check.readable(targets):
+        return
+    bad = _outside(targets, counted, vocabulary)
+    if bool(bad.any()):
+        first = int(targets[bad][0])
+        _check.bad_value(name, f"tokens in [0, {vocabulary}) or ignore_index = {ignore_index}", first)
+
+
+def _inverse_temperature(temperature: Any, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """(N,) 1 / temperature, or None for 1."""
+    if isinstance(temperature, torch.Tensor):
+        _check.tensor("temperature", temperature, shape=targets.shape, device=targets.device)
+        if _check.readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
+            _check.bad_value("temperature", "positive finite values", "others among them")
+        return temperature.detach().reshape(-1).to(dtype).reciprocal()
+    _check.positive("temperature", temperature)
+    if temperature == 1.0:
+        return None
+    return torch.full((targets.numel(),), 1.0 / temperature, dtype=dtype, device=targets.device)
+
+
+def _tau(
+    grad: str,
+    tau: float | None,
+    weight: torch.Tensor,
+    hidden: torch.Tensor,
+    bias: torch.Tensor | None,
+    entropy: bool,
+) -> float | None:
+    """Keep threshold of this call, None for an exact gradient or where no gradient is wanted."""
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    if grad == "exact" or (grad == "auto" and tau is None and not half):
+        return None
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        return None
+    if tau is not None:
+        return float(tau)
+    return DEFAULT_TAU[weight.dtype] * (ENTROPY_TAU if entropy else 1.0)

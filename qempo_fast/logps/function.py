@@ -1,0 +1,105 @@
+"""The autograd layer of the log-prob ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from . import chunked
+from .chunked import HeadTensors, RowGrads
+from .options import Options, accumulator
+from .tile_pass import TilePass
+
+_Optional = torch.Tensor | None
+
+
+def shard_range(vocabulary: int, group: ProcessGroup | None, device: torch.device) -> tuple[int, int]:
+    """(first column of this rank, columns of all ranks); shards lie in rank order and may be uneven."""
+    if group is None:
+        return 0, vocabulary
+    mine = torch.tensor([vocabulary], dtype=torch.int64, device=device)
+    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, mine, group=group)
+    counts = [int(s) for s in sizes]
+    return sum(counts[: dist.get_rank(group)]), sum(counts)
+
+
+def _scatter(values: torch.Tensor, live: _Optional, n: int) -> torch.Tensor:
+    """Results of the counted rows to all n rows, 0 elsewhere."""
+    return values if live is None else values.new_zeros(n).index_copy_(0, live, values)
+
+
+class LinearLogps(torch.autograd.Function):
+    """(logps, entropy or None, sum_sq or None) of (N, D) rows; targets already checked, ignored rows marked by live."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: _Optional,
+        targets: torch.Tensor,
+        inv_temperature: _Optional,
+        live: _Optional,
+        first_column: int,
+        tiles: TilePass,
+        options: Options,
+    ) -> tuple[torch.Tensor, _Optional, _Optional]:
+        n = hidden.shape[0]
+        acc = accumulator(hidden.dtype)
+        head = HeadTensors(
+            hidden.contiguous(),
+            weight,
+            None if bias is None else bias.to(acc).contiguous(),
+            targets - first_column,
+            inv_temperature,
+        )
+        if live is not None:
+            head = head.rows(live)
+        stats, kept = chunked.forward(tiles, head, options, first_column)
+        if options.group is not None:
+            stats = stats.merged(options.group)
+        lse, entropy = stats.lse(), stats.entropy()
+        ctx.save_for_backward(hidden, weight, bias, lse, entropy)
+        ctx.targets, ctx.inv_temperature, ctx.live = targets - first_column, inv_temperature, live
+        ctx.kept, ctx.tiles, ctx.options = kept, tiles, options
+        ctx.set_materialize_grads(False)
+        outputs = [stats.target - lse, entropy, stats.log_sum_sq()]
+        full = [None if x is None else _scatter(x, live, n) for x in outputs]
+        if full[2] is not None:
+            ctx.mark_non_differentiable(full[2])
+        return tuple(full)  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, _: _Optional) -> tuple[Any, ...]:
+        hidden, weight, bias, lse, entropy = ctx.saved_tensors
+        live = ctx.live
+        acc = accumulator(hidden.dtype)
+        head = HeadTensors(
+            hidden.contiguous(),
+            weight,
+            None if bias is None else bias.to(acc).contiguous(),
+            ctx.targets,
+            ctx.inv_temperature,
+        )
+        if live is not None:
+            head = head.rows(live)
+
+        def rows(g: _Optional) -> _Optional:
+            return None if g is None else (g if live is None else g[live]).to(acc).contiguous()
+
+        g, gh = rows(grad), rows(grad_entropy)
+        grads = RowGrads(lse, torch.zeros_like(lse) if g is None else g, gh, None if gh is None else entropy)
+        needs = tuple(ctx.needs_input_grad[:3])
+        dh, dw, db = chunked.backward(ctx.tiles, head, grads, ctx.kept, ctx.options, needs)  # type: ignore[arg-type]
+        if dh is not None and ctx.options.group is not None:
+            # Each shard holds its columns' part of the sum.
+            dist.all_reduce(dh, group=ctx.options.group)
+        if dh is not None and live is not None:
+            dh = torch.zeros_like(hidden).index_copy_(0, live, dh)
+        return dh, dw, db, None, None, None, None, None, None

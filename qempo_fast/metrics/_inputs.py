@@ -1,0 +1,41 @@
+"""Turning what users pass to the metrics into float64 tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _check
+
+
+def numbers(name: str, x: Any) -> torch.Tensor:
+    """Finite float64 tensor of a tensor, an array, a number or nested lists."""
+    try:
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        _check.bad_type(name, "numbers: a tensor, an array or lists of equal length", type(x).__name__)
+    if x.is_complex():
+        _check.bad_type(name, "real numbers", x.dtype)
+    x = x.detach().double()
+    # A metric is read by people and returns to the host anyway: checked on every device.
+    if not bool(torch.isfinite(x).all()):
+        _check.bad_value(name, "finite values", f"{int((~torch.isfinite(x)).sum())} NaN or infinite")
+    return x
+
+
+def within(name: str, x: torch.Tensor, low: float, high: float) -> None:
+    if x.numel() and (float(x.min()) < low or float(x.max()) > high):
+        _check.bad_value(name, f"values in [{low:g}, {high:g}]", f"{float(x.min()):g} to {float(x.max()):g}")
+
+
+def zero_or_one(name: str, x: torch.Tensor) -> None:
+    if bool(((x != 0) & (x != 1)).any()):
+        _check.bad_value(name, "values 0 or 1", x[(x != 0) & (x != 1)].flatten()[0].item())
+
+
+def same_shape(name: str, x: torch.Tensor, other: str, like: torch.Tensor) -> None:
+    if x.shape != like.shape:
+        _check.bad_value(name, f"shape {tuple(like.shape)} as {other}", tuple(x.shape))
+    if x.numel() == 0:
+        _check.bad_value(name, "at least one value", "none")

@@ -1,0 +1,52 @@
+"""Every op and loss in plain torch, any float dtype: the definition that all backends are compared with.
+
+No argument is checked here; the public functions of qempo_fast do that.
+"""
+
+from .dpp import DppGains, dpp_gains, dpp_logdet, dpp_select
+from .dqo import dqo_loss
+from .family import (
+    dpo_loss,
+    gvpo_loss,
+    hdpo_loss,
+    qempo_kl_loss,
+    qempo_kl_pair_loss,
+    qempo_loss,
+    qempo_pair_loss,
+    spl_loss,
+    spl_pair_loss,
+    variance_loss,
+)
+from .groups import group_advantages
+from .logps import SequenceLogps, TokenLogps, linear_logps, logps_from_logits, sequence_logps
+from .losses import epa_loss, grpo_loss, poft_loss, rspo_loss
+from .segments import segment_sum
+
+__all__ = [
+    "DppGains",
+    "SequenceLogps",
+    "TokenLogps",
+    "dpo_loss",
+    "dpp_gains",
+    "dpp_logdet",
+    "dpp_select",
+    "dqo_loss",
+    "epa_loss",
+    "group_advantages",
+    "grpo_loss",
+    "gvpo_loss",
+    "hdpo_loss",
+    "linear_logps",
+    "logps_from_logits",
+    "poft_loss",
+    "qempo_kl_loss",
+    "qempo_kl_pair_loss",
+    "qempo_loss",
+    "qempo_pair_loss",
+    "rspo_loss",
+    "segment_sum",
+    "sequence_logps",
+    "spl_loss",
+    "spl_pair_loss",
+    "variance_loss",
+]

@@ -1,0 +1,129 @@
+"""Token and sequence log-probs in plain torch: the definition that every backend is compared with.
+
+The (N, V) logits are kept by autograd here; the public ops never keep them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .segments import segment_sum
+
+
+class TokenLogps(NamedTuple):
+    """Per-token results, shaped like targets; entropy and sum_sq are None unless asked for."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor | None
+    sum_sq: torch.Tensor | None
+
+
+class SequenceLogps(NamedTuple):
+    """Per-sequence sums (S,) or averages, counted tokens (S,) int64, and the token log-probs (N,)."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor | None
+    lengths: torch.Tensor
+    token_logps: torch.Tensor
+
+
+def finish_head(
+    raw: torch.Tensor,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | torch.Tensor = 1.0,
+) -> torch.Tensor:
+    """z = softcap * tanh(logit_scale * raw / softcap) / temperature; temperature broadcasts against raw."""
+    z = raw * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def _column(temperature: float | torch.Tensor) -> float | torch.Tensor:
+    return temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature
+
+
+def _from_scores(z: torch.Tensor, targets: torch.Tensor, ignore_index: int, entropy: bool, sum_sq: bool) -> TokenLogps:
+    counted = targets != ignore_index
+    z = torch.where(counted.unsqueeze(-1), z, torch.zeros((), dtype=z.dtype, device=z.device))
+    log_p = torch.log_softmax(z, dim=-1)
+    logps = log_p.gather(-1, targets.where(counted, 0).long().unsqueeze(-1)).squeeze(-1)
+    zero = torch.zeros((), dtype=z.dtype, device=z.device)
+    h = ss = None
+    if entropy:
+        # A masked logit (-inf) has p log p = 0; filling keeps 0 * -inf out of both directions.
+        h = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+        h = torch.where(counted, h, zero)
+    if sum_sq:
+        ss = torch.where(counted, torch.logsumexp(2 * log_p.detach(), dim=-1), zero)
+    return TokenLogps(torch.where(counted, logps, zero), h, ss)
+
+
+def logps_from_logits(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+) -> TokenLogps:
+    """log softmax(logits / temperature) at targets; half precision is computed in float32."""
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return _from_scores(wide / _column(temperature), targets, ignore_index, entropy, sum_sq=False)
+
+
+def linear_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    sum_sq: bool = False,
+) -> TokenLogps:
+    """log softmax(z) at targets.
+
+    z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature; entropy is -sum_j p_j log p_j,
+    sum_sq is log sum_j p_j^2 (detached). Half precision: logits in that dtype, as a model gives them, then float32.
+    """
+    raw = torch.nn.functional.linear(hidden, weight, bias)
+    if raw.dtype in (torch.float16, torch.bfloat16):
+        raw = raw.float()
+    z = finish_head(raw, logit_scale=logit_scale, softcap=softcap, temperature=_column(temperature))
+    return _from_scores(z, targets, ignore_index, entropy, sum_sq)
+
+
+def sequence_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    average: bool = False,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    **head: object,
+) -> SequenceLogps:
+    """Segment sums (or averages over counted tokens; 0 where there is none) of linear_logps."""
+    tokens = linear_logps(hidden, weight, targets, ignore_index=ignore_index, entropy=entropy, **head)  # type: ignore[arg-type]
+    return reduce_sequences(tokens, targets, cu_seqlens, average, ignore_index)
+
+
+def reduce_sequences(
+    tokens: TokenLogps, targets: torch.Tensor, cu_seqlens: torch.Tensor, average: bool, ignore_index: int
+) -> SequenceLogps:
+    """Token results to sequence results."""
+    lengths = segment_sum((targets != ignore_index).double(), cu_seqlens).long()
+    sums = [None if x is None else segment_sum(x, cu_seqlens) for x in (tokens.logps, tokens.entropy)]
+    if average:
+        sums = [None if x is None else x / lengths.clamp_min(1) for x in sums]
+    assert sums[0] is not None
+    return SequenceLogps(sums[0], sums[1], lengths, tokens.logps)
