@@ -127,6 +127,17 @@ void dpp_bwd(int dtype, Address x, int64_t d, int64_t groups, int64_t k, Address
   }
 }
 
+void dpp_select(int dtype, Address x, int64_t d, int64_t groups, int64_t k, Address offsets, Address log_quality,
+                double ridge, int64_t n, Address picks, int threads) {
+  const DppGroups of = groups_of(x, d, groups, k, offsets, 0, log_quality, ridge, true);
+  auto* to = at<int64_t>(picks);
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::f32: return dpp_kernels().select_f32(of, n, to, threads);
+    case Dtype::bf16: return dpp_kernels().select_bf16(of, n, to, threads);
+    case Dtype::f64: return dpp_kernels().select_f64(of, n, to, threads);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -152,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("dpp_largest") = kDppLargest;
   m.def("dpp_fwd", &dpp_fwd, release());
   m.def("dpp_bwd", &dpp_bwd, release());
+  m.def("dpp_select", &dpp_select, release());
 #ifdef QEMPO_HAS_CUDA
   qempo::cuda::bind(m);
 #endif

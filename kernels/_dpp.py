@@ -198,7 +198,7 @@ def shares(k: int, rows: int, ragged: bool) -> Iterator[dict[str, Any]]:
 def signature(kernel: Any, x: str, k: int, ragged: bool, **options: Any) -> Signature:
     """The launch of one kernel on embeddings of Triton type x, with log_quality and normalised rows."""
     share = list(shares(k, 1000, ragged))[-1]
-    pointers = {"x_ptr": x, "offsets_ptr": "*i64", "grad_x_ptr": x, "careful_ptr": "*i32"}
+    pointers = {"x_ptr": x, "offsets_ptr": "*i64", "picks_ptr": "*i64", "grad_x_ptr": x, "careful_ptr": "*i32"}
     doubles = ("log_quality_ptr", "p_ptr", "q_ptr", "line_ptr")
     scalars = {"ridge_high": "fp32", "ridge_low": "fp32", "ridge_exponent": "i32", "k": "i32", "d": "i32"}
     constants = {"NORMALIZE": True, "WIDEN": False, "BLOCK_D": BLOCK_D, **share}

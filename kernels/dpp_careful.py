@@ -26,11 +26,11 @@ from ._dpp import (
     store_square,
 )
 
-_EPS = tl.constexpr(2.220446049250313e-16)
+EPS = tl.constexpr(2.220446049250313e-16)
 
 
 @triton.jit
-def _cosines(gram, length, BLOCK: tl.constexpr):
+def cosines(gram, length, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     product = length[:, None] * length[None, :]
     cosine = gram / tl.where(product == 0, 1.0, product)
@@ -132,8 +132,8 @@ def _dpp_careful_kernel(
         gram = gram_careful(x_ptr, start, size, d, BLOCK_K, BLOCK_D)
         length = tl.sqrt(diagonal(gram, BLOCK_K))
         log_s = log_scale(log_quality_ptr, at, live, length, NORMALIZE)
-        floor = 8 * _EPS * size.to(tl.float64)
-        y, log_delta = _eliminate(_cosines(gram, length, BLOCK_K), log_s, floor, size, BLOCK_K)
+        floor = 8 * EPS * size.to(tl.float64)
+        y, log_delta = _eliminate(cosines(gram, length, BLOCK_K), log_s, floor, size, BLOCK_K)
 
         scale = tl.exp(tl.minimum((tl.log(ridge) - log_delta) / 2, 0.0))
         # A weight that is only rounding must not meet s_i / s_j = e^500.

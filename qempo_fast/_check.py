@@ -25,7 +25,12 @@ def bad_type(name: str, wanted: str, got: object) -> NoReturn:
 
 
 def readable(x: torch.Tensor) -> bool:
-    """Whether the values of x may be read: free on CPU, a synchronisation elsewhere (QEMPO_CHECK=1)."""
+    """Whether the values of x may be read: free on CPU, a synchronisation elsewhere (QEMPO_CHECK=1).
+
+    Never while torch.compile traces: reading a value would break the graph. Ops check again where the graph runs.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return x.device.type == "cpu" or os.environ.get("QEMPO_CHECK", "0") == "1"
 
 

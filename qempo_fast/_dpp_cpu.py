@@ -108,3 +108,33 @@ def dpp_bwd(
         torch.get_num_threads(),
     )
     return grad.to(x.dtype), None if log_quality is None else grad_quality.to(log_quality.dtype)
+
+
+def dpp_select(
+    x: torch.Tensor,
+    n: int,
+    *,
+    log_quality: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    ridge: float,
+) -> torch.Tensor:
+    """Greedy choice in C++; groups of more than 64 rows take plain torch."""
+    if _largest(x, offsets) > _C.dpp_largest:
+        return reference.dpp_select(x, n, log_quality=log_quality, offsets=offsets, ridge=ridge)
+    groups, k, starts, _, _ = _layout(x, offsets)
+    rows, quality = _rows(x), _quality(log_quality)
+    picks = torch.empty(groups, n, dtype=torch.int64)
+    _C.dpp_select(
+        _DTYPES[rows.dtype],
+        rows.data_ptr(),
+        x.shape[-1],
+        groups,
+        k,
+        _address(starts),
+        _address(quality),
+        ridge,
+        n,
+        picks.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return picks

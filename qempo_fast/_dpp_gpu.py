@@ -22,10 +22,11 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class Launchers(NamedTuple):
-    """fwd and bwd of one kernel, as qempo_fast/kernels/dpp.py documents them."""
+    """fwd, bwd and select of one kernel, as qempo_fast/kernels/dpp.py and dpp_select.py document them."""
 
     fwd: Callable[..., None]
     bwd: Callable[..., None]
+    select: Callable[..., None]
 
 
 def for_reference(x: torch.Tensor, offsets: torch.Tensor | None) -> bool:
@@ -49,6 +50,10 @@ def _flat(x: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.Tensor, 
     return rows, None if offsets is None else offsets.long().contiguous(), 0 if offsets is not None else x.shape[1]
 
 
+def _quality(log_quality: torch.Tensor | None) -> torch.Tensor | None:
+    return None if log_quality is None else log_quality.detach().double().contiguous()
+
+
 def dpp_fwd(
     launch: Launchers,
     x: torch.Tensor,
@@ -61,7 +66,7 @@ def dpp_fwd(
     if for_reference(x, offsets):
         return _reference.dpp_fwd(x, log_quality, offsets, ridge, normalize)
     rows, starts, k = _flat(x, offsets)
-    quality = None if log_quality is None else log_quality.detach().double().contiguous()
+    quality = _quality(log_quality)
     groups = x.shape[0] if starts is None else starts.numel() - 1
     # P and Q: k columns, or for ragged groups as many as the largest may have.
     pitch = k or max(1, min(LARGEST, rows.shape[0]))
@@ -104,48 +109,82 @@ def dpp_bwd(
     return grad_x.view(x.shape), grad_quality.to(log_quality.dtype)
 
 
+def dpp_select(
+    launch: Launchers,
+    x: torch.Tensor,
+    n: int,
+    *,
+    log_quality: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    ridge: float,
+) -> torch.Tensor:
+    """Greedy choice of n rows from each of equal groups (G, k, d), or of (M, d) with offsets."""
+    if for_reference(x, offsets):
+        return _reference.dpp_select(x, n, log_quality=log_quality, offsets=offsets, ridge=ridge)
+    rows, starts, k = _flat(x, offsets)
+    groups = x.shape[0] if starts is None else starts.numel() - 1
+    picks = torch.empty((groups, n), dtype=torch.int64, device=x.device)
+    launch.select(rows, _quality(log_quality), starts, k, ridge, picks)
+    return picks
+
+
 def cuda_launchers(native: Any) -> Launchers:
     """The CUDA C++ kernels of a module that has the functions of csrc/cuda/bindings_cuda.cpp."""
 
     def address(t: torch.Tensor | None) -> int:
         return 0 if t is None else t.data_ptr()
 
-    def run(function: Any, inputs: tuple[Any, ...], kept: Tensors, out: Any, settings: tuple[Any, ...]) -> None:
-        x, offsets = inputs[0], inputs[2]
-        groups = kept[3].numel()
-        sizes = (groups, *x.shape)
+    def run(function: Any, inputs: tuple[Any, ...], groups: int, settings: tuple[Any, ...], *rest: Any) -> None:
+        x = inputs[0]
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         with on_device(x):
-            error = function(
-                DTYPES.index(x.dtype),
-                (*(address(t) for t in (x, inputs[1], offsets)), *sizes, *settings),
-                (*(address(t) for t in kept), kept[0].shape[1]),
-                tuple(address(t) for t in out),
-                stream,
-            )
+            of = (*(address(t) for t in inputs), groups, *x.shape, *settings)
+            error = function(DTYPES.index(x.dtype), of, *rest, stream)
         if error:
             raise RuntimeError(f"dpp: the CUDA launch failed: {error}")
+
+    def addresses(kept: Tensors, out: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (*(address(t) for t in kept), kept[0].shape[1]), tuple(address(t) for t in out)
 
     def fwd(
         x: Any, log_quality: Any, offsets: Any, k: int, ridge: float, normalize: bool, kept: Tensors, out: Tensors
     ) -> None:
-        run(native.dpp_cuda_fwd, (x, log_quality, offsets), kept, out, (k, ridge, normalize))
+        inputs, settings = (x, log_quality, offsets), (k, ridge, normalize)
+        run(native.dpp_cuda_fwd, inputs, kept[3].numel(), settings, *addresses(kept, out))
 
     def bwd(x: Any, offsets: Any, k: int, normalize: bool, kept: Tensors, grads: Any) -> None:
         # The backward pass finds quality and ridge in what was kept.
-        run(native.dpp_cuda_bwd, (x, None, offsets), kept, grads, (k, 1.0, normalize))
+        inputs, settings = (x, None, offsets), (k, 1.0, normalize)
+        run(native.dpp_cuda_bwd, inputs, kept[3].numel(), settings, *addresses(kept, grads))
 
-    return Launchers(fwd, bwd)
+    def select(x: Any, log_quality: Any, offsets: Any, k: int, ridge: float, picks: torch.Tensor) -> None:
+        groups, n = picks.shape
+        run(native.dpp_cuda_select, (x, log_quality, offsets), groups, (k, ridge, True), n, address(picks))
+
+    return Launchers(fwd, bwd, select)
+
+
+def triton_launchers() -> Launchers:
+    """The kernels of qempo_fast/kernels."""
+    from .kernels import dpp, dpp_select
+
+    return Launchers(dpp.dpp_fwd, dpp.dpp_bwd, dpp_select.dpp_select)
 
 
 def _triton_fwd(*arguments: Any) -> DppForward:
-    from .kernels import dpp as kernels
+    return dpp_fwd(triton_launchers(), *arguments)
 
-    return dpp_fwd(Launchers(kernels.dpp_fwd, kernels.dpp_bwd), *arguments)
+
+def _triton_select(*arguments: Any, **settings: Any) -> torch.Tensor:
+    return dpp_select(triton_launchers(), *arguments, **settings)
 
 
 def _cuda_fwd(*arguments: Any) -> DppForward:
     return dpp_fwd(cuda_launchers(_C), *arguments)
+
+
+def _cuda_select(*arguments: Any, **settings: Any) -> torch.Tensor:
+    return dpp_select(cuda_launchers(_C), *arguments, **settings)
 
 
 def _no_cuda() -> str | None:
@@ -163,3 +202,5 @@ def register() -> None:
     """Enter the kernels in the table of backends."""
     _backends.register("dpp", "cuda", _cuda_fwd, _no_cuda)
     _backends.register("dpp", "triton", _triton_fwd, _backends.needs_triton)
+    _backends.register("dpp_select", "cuda", _cuda_select, _no_cuda)
+    _backends.register("dpp_select", "triton", _triton_select, _backends.needs_triton)

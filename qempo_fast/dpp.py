@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from . import _backends, _check, _dpp_cpu, _dpp_gpu
+from . import _backends, _check, _dpp_cpu, _dpp_gpu, _dpp_op
 from .reference import dpp as _reference
 from .reference.dpp import DppGains
 
 _dpp_gpu.register()
 _backends.register("dpp", "cpu", _dpp_cpu.dpp_fwd)
 _backends.register("dpp", "reference", _reference.dpp_fwd)
+_backends.register("dpp_select", "cpu", _dpp_cpu.dpp_select)
 _backends.register("dpp_select", "reference", _reference.dpp_select)
 
 
@@ -30,15 +31,12 @@ def _check_groups(embeddings: Any, log_quality: Any, offsets: Any, ridge: Any) -
         )
     if embeddings.shape[-1] < 1:
         _check.bad_value("embeddings", "a width of at least 1", tuple(embeddings.shape))
-    if offsets is not None:
-        _check.groups(embeddings.shape[0], None, offsets, device=embeddings.device)
-    elif embeddings.shape[1] < 1:
+    if offsets is None and embeddings.shape[1] < 1:
         _check.bad_value("embeddings", "groups of at least one row", tuple(embeddings.shape))
     _check.positive("ridge", ridge)
-    _check.finite("embeddings", embeddings)
     if log_quality is not None:
         _check.tensor("log_quality", log_quality, shape=embeddings.shape[:-1], device=embeddings.device)
-        _check.finite("log_quality", log_quality)
+    _dpp_op.check_values(embeddings, log_quality, offsets)
 
 
 def dpp_gains(
@@ -85,9 +83,10 @@ def dpp_gains(
     _check_groups(embeddings, log_quality, offsets, ridge)
     if not isinstance(normalize, bool):
         _check.bad_type("normalize", "a bool", type(normalize).__name__)
-    fwd = _backends.kernel("dpp", embeddings.device, backend)
-    results = _reference.DppFunction.apply(fwd, embeddings, log_quality, offsets, float(ridge), normalize)
-    return DppGains(*results)
+    inputs = (embeddings, log_quality, offsets, float(ridge), normalize)
+    if torch.compiler.is_compiling():
+        return DppGains(*_dpp_op.dpp_fwd(*inputs, _backends.choose("dpp", embeddings.device, backend)))
+    return DppGains(*_reference.DppFunction.apply(_backends.kernel("dpp", embeddings.device, backend), *inputs))
 
 
 def dpp_logdet(
@@ -159,13 +158,8 @@ def dpp_select(
     Fast greedy MAP inference by incremental Cholesky factorisation: arXiv:1709.05135, algorithm 1.
     """
     _check_groups(embeddings, log_quality, offsets, ridge)
-    _check.integer("n", n, low=1)
-    if offsets is None:
-        smallest = embeddings.shape[1]
-    elif offsets.numel() > 1 and _check.readable(offsets):
-        smallest = int(offsets.diff().min())
-    else:
-        smallest = n
-    _check.integer("n", n, low=1, high=smallest)
-    run = _backends.kernel("dpp_select", embeddings.device, backend)
-    return run(embeddings, n, log_quality=log_quality, offsets=offsets, ridge=float(ridge))
+    _check.integer("n", n, low=1, high=embeddings.shape[1] if offsets is None else None)
+    name = _backends.choose("dpp_select", embeddings.device, backend)
+    if torch.compiler.is_compiling():
+        return _dpp_op.dpp_select(embeddings, n, log_quality, offsets, float(ridge), name)
+    return _dpp_op.select(embeddings, n, log_quality, offsets, float(ridge), name)

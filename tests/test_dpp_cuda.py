@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dpp_select_cases as selection
 import pytest
 import torch
 from dpp_cases import draw
@@ -63,7 +64,7 @@ class Emulated:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("emulated_fwd", "emulated_bwd"):
+        for name in ("emulated_fwd", "emulated_bwd", "emulated_select"):
             getattr(self._library, name).restype = ctypes.c_char_p
 
     def reseed(self, seed: int) -> None:
@@ -75,6 +76,10 @@ class Emulated:
 
     def dpp_cuda_bwd(self, dtype: int, groups: Any, kept: Any, grads: Any, stream: int) -> str:
         return self._run(self._library.emulated_bwd, dtype, groups, kept, grads)
+
+    def dpp_cuda_select(self, dtype: int, groups: Any, n: int, picks: int, stream: int) -> str:
+        arguments = (dtype, ctypes.byref(_Groups(*groups)), n, ctypes.c_void_p(picks))
+        return self._library.emulated_select(*arguments).decode()
 
     def _run(self, function: Any, dtype: int, groups: Any, kept: Any, out: Any) -> str:
         addresses = (ctypes.c_void_p * len(out))(*out)
@@ -109,13 +114,23 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
 
 
 @pytest.fixture(params=["emulated", "gpu"])
-def on(request: pytest.FixtureRequest) -> tuple[Fwd, torch.device]:
+def native(request: pytest.FixtureRequest) -> tuple[Any, torch.device]:
     """Each form of the kernels and where its tensors lie."""
     if request.param == "emulated":
-        return forward_by(request.getfixturevalue("emulated")), CPU
+        return request.getfixturevalue("emulated"), CPU
     if not torch.cuda.is_available() or not hasattr(_C, "dpp_cuda_fwd"):
         pytest.skip("needs a GPU and a build with CUDA")
-    return forward_by(_C), torch.device("cuda")
+    return _C, torch.device("cuda")
+
+
+@pytest.fixture
+def on(native: tuple[Any, torch.device]) -> tuple[Fwd, torch.device]:
+    return forward_by(native[0]), native[1]
+
+
+@pytest.fixture
+def select_on(native: tuple[Any, torch.device]) -> tuple[selection.Select, torch.device]:
+    return selection.select_by(_dpp_gpu.cuda_launchers(native[0])), native[1]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
@@ -142,6 +157,27 @@ def test_large_ragged_groups(on: tuple[Fwd, torch.device], monkeypatch: pytest.M
     check_large_ragged_groups(*on, monkeypatch)
 
 
+@pytest.mark.parametrize("case", selection.CASES, ids=lambda case: case.why)
+def test_selection(case: selection.Case, select_on: tuple[selection.Select, torch.device]) -> None:
+    selection.check_select_case(*select_on, case)
+
+
+@pytest.mark.parametrize("check", [*selection.CHECKS, selection.check_broken_groups], ids=lambda check: check.__name__)
+def test_selection_check(check: Callable[..., None], select_on: tuple[selection.Select, torch.device]) -> None:
+    check(*select_on)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_selection_by_wrong_offsets(name: str, select_on: tuple[selection.Select, torch.device]) -> None:
+    selection.check_wrong_offsets(*select_on, name)
+
+
+def test_selection_of_unread_sizes(
+    select_on: tuple[selection.Select, torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selection.check_groups_that_are_too_small_or_too_large(*select_on, monkeypatch)
+
+
 def _everything(native: Emulated) -> list[torch.Tensor]:
     """Results of inputs that reach every barrier: a warp's and a block's kernel, direct and careful, two chunks."""
     results = []
@@ -149,6 +185,7 @@ def _everything(native: Emulated) -> list[torch.Tensor]:
         x, q = draw(2, k, d, dtype=torch.float32), quality * draw(2, k, seed=1).abs().float()
         out = gradients(forward_by(native), x, q, torch.ones(2), draw(2, k, seed=2).float(), ridge=0.9)
         results += out.values()
+        results.append(selection.chosen(selection.select_by(_dpp_gpu.cuda_launchers(native)), CPU, x, k // 2, q))
     return results
 
 
@@ -226,6 +263,8 @@ MUTANTS = [
         "  const int lane = rank % 32;",
         "  const int lane = rank % 32;\n  if (lane == 7) return;",
     ),
+    ("no barrier between choices", "dpp_select.cuh", "    team.sync();\n    double best", "    double best"),
+    ("one buffer of gains", "dpp_select.cuh", "step % 2 ? kColumnToo : kColumn", "kColumn"),
     ("one vector too few in shared memory", "dpp_team.cuh", "kVectors = 9;", "kVectors = 8;"),
 ]
 
@@ -262,7 +301,7 @@ def test_no_kernel_of_the_build_spills() -> None:
             # No kernel has an array that is not in registers: what lies on its stack was spilled.
             assert (int(found[2]), int(found[3])) == (0, 0), f"{arch} {name}:{line}"
             kernels[arch] = kernels.get(arch, 0) + 1
-    # Forward and backward, four sizes, three dtypes.
-    assert kernels == {"sm_80": 24, "sm_90a": 24}
+    # Forward, backward and selection, four sizes, three dtypes.
+    assert kernels == {"sm_80": 36, "sm_90a": 36}
     ptx = subprocess.run([tool, "-lptx", _C.__file__], check=True, capture_output=True, text=True).stdout
     assert "PTX file" in ptx

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
 
+import dpp_select_cases as selection
 from dpp_cases import draw
 from dpp_kernel_cases import (
     CASES,
@@ -25,13 +26,13 @@ from dpp_kernel_cases import (
 
 from qempo_fast import _dpp_gpu
 from qempo_fast.dpp import dpp_gains, dpp_logdet
-from qempo_fast.kernels import dpp as kernels
 from qempo_fast.kernels.dpp import split_ridge
 
 # Triton's interpreter computes both sides of a `where`, and numpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-FWD = functools.partial(_dpp_gpu.dpp_fwd, _dpp_gpu.Launchers(kernels.dpp_fwd, kernels.dpp_bwd))
+LAUNCH = _dpp_gpu.triton_launchers()
+FWD, SELECT = functools.partial(_dpp_gpu.dpp_fwd, LAUNCH), selection.select_by(LAUNCH)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
@@ -56,6 +57,25 @@ def test_wrong_offsets(name: str, device: torch.device) -> None:
 
 def test_large_ragged_groups(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     check_large_ragged_groups(FWD, device, monkeypatch)
+
+
+@pytest.mark.parametrize("case", selection.CASES, ids=lambda case: case.why)
+def test_selection(case: selection.Case, device: torch.device) -> None:
+    selection.check_select_case(SELECT, device, case)
+
+
+@pytest.mark.parametrize("check", [*selection.CHECKS, selection.check_broken_groups], ids=lambda check: check.__name__)
+def test_selection_check(check: Callable[..., None], device: torch.device) -> None:
+    check(SELECT, device)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_selection_by_wrong_offsets(name: str, device: torch.device) -> None:
+    selection.check_wrong_offsets(SELECT, device, name)
+
+
+def test_selection_of_unread_sizes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    selection.check_groups_that_are_too_small_or_too_large(SELECT, device, monkeypatch)
 
 
 @pytest.mark.parametrize("ridge", [1.0, 0.3, 1e-300, 7e200])

@@ -392,13 +392,89 @@ void backward(const DppGroups& groups, const DppGrads& grads, int threads) {
   parallel(threads, (groups.groups + kLanes - 1) / kLanes, packs);
 }
 
+// Greedy choice by incremental Cholesky. With q_i = s_i^2 / ridge the gain of row i is log ridge + log(1 + q_i v_i),
+// v_i what the chosen rows leave of its squared length: 1 - |c_i|^2.
+struct Greedy {
+  double v[kDppLargest], log_q[kDppLargest], q[kDppLargest], value[kDppLargest];
+  std::vector<double> columns;
+
+  void run(int64_t k, const double* cosines, const double* log_s, double ridge, int64_t n, int64_t* picks) {
+    constexpr double kTie = 1e-10, kTaken = -std::numeric_limits<double>::infinity();
+    const double floor = dpp_noise(k);
+    // Without logarithms where q is a double: they would take longer than the products of the rows.
+    bool large = false;
+    for (int64_t i = 0; i < k; ++i) {
+      v[i] = cosines[i * k + i];
+      log_q[i] = 2 * log_s[i] - std::log(ridge);
+      q[i] = std::exp(log_q[i]);
+      large |= log_q[i] > 690;
+      value[i] = 0;
+    }
+    columns.resize(n * k);
+    for (int64_t step = 0; step < n; ++step) {
+      double best = kTaken;
+      for (int64_t i = 0; i < k; ++i) {
+        if (value[i] == kTaken) continue;
+        if (v[i] <= floor) {
+          value[i] = large ? 0 : 1;
+        } else if (large) {
+          const double signal = log_q[i] + std::log(v[i]);
+          value[i] = std::max(signal, 0.0) + std::log1p(std::exp(-std::abs(signal)));
+        } else {
+          value[i] = 1 + q[i] * v[i];
+        }
+        best = std::max(best, value[i]);
+      }
+      const double least = large ? best - kTie : best * (1 - kTie);
+      int64_t p = 0;
+      while (value[p] < least) ++p;
+      picks[step] = p;
+      // c_i = (cos_ip - sum of c_i c_p of the steps before) s_p / sqrt(ridge + s_p^2 v_p), below sqrt(v_i).
+      const double weight = v[p] > floor ? 1 / std::sqrt(v[p] + std::exp(-log_q[p])) : 0;
+      value[p] = kTaken;
+      double* c = &columns[step * k];
+      std::copy_n(cosines + p * k, k, c);
+      for (int64_t u = 0; u < step; ++u) {
+        const double* before = &columns[u * k];
+        for (int64_t i = 0; i < k; ++i) c[i] -= before[p] * before[i];
+      }
+      for (int64_t i = 0; i < k; ++i) {
+        c[i] *= weight;
+        v[i] -= c[i] * c[i];
+      }
+    }
+  }
+};
+
+template <class S>
+void select(const DppGroups& groups, int64_t n, int64_t* picks, int threads) {
+  auto each = [&](int, int64_t begin, int64_t end) {
+    Rows rows(groups.d);
+    Scales scales;
+    Greedy greedy;
+    std::vector<double> cosines;
+    double length[kDppLargest];
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t k = groups.size(g);
+      rows.load_group(static_cast<const S*>(groups.x) + groups.first_row(g) * groups.d, k);
+      cosines.resize(k * k);
+      gram(rows, k, cosines.data());
+      for (int64_t i = 0; i < k; ++i) length[i] = std::sqrt(cosines[i * k + i]);
+      scales.set(groups, g, length, rows.top);
+      to_cosines(k, scales, cosines.data());
+      greedy.run(k, cosines.data(), scales.log_s, groups.ridge, n, picks + g * n);
+    }
+  };
+  parallel(threads, groups.groups, each);
+}
+
 #undef QEMPO_EACH_LANE
 
 }  // namespace
 
 const DppKernels& dpp_kernels() {
-  static const DppKernels kernels{forward<float>,  forward<bf16>,  forward<double>,
-                                  backward<float>, backward<bf16>, backward<double>};
+  static const DppKernels kernels{forward<float>,   forward<bf16>, forward<double>, backward<float>, backward<bf16>,
+                                  backward<double>, select<float>, select<bf16>,    select<double>};
   return kernels;
 }
 

@@ -50,11 +50,17 @@ std::string backward(int dtype, const In& in, const Kept& kept,
   return said(dpp_bwd(static_cast<DppDtype>(dtype), call, at<void>(stream)));
 }
 
+std::string select(int dtype, const In& in, int n, Address picks, Address stream) {
+  const DppSelect call{groups_of(in), n, at<int64_t>(picks)};
+  return said(dpp_select(static_cast<DppDtype>(dtype), call, at<void>(stream)));
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
   m.def("dpp_cuda_fwd", &forward);
   m.def("dpp_cuda_bwd", &backward);
+  m.def("dpp_cuda_select", &select);
 }
 
 }  // namespace qempo::cuda

@@ -4,6 +4,7 @@
 #include "dpp_careful.cuh"
 #include "dpp_direct.cuh"
 #include "dpp_gram.cuh"
+#include "dpp_select.cuh"
 
 namespace qempo::cuda {
 namespace {
@@ -211,6 +212,31 @@ __global__ void __launch_bounds__(kBlockThreads<K>, kBlocksPerProcessor<K>)
     multiply(x, out, k, width, team, room);
 }
 
+// Products in float64 for all: float32 ones would order rows whose gains differ by less than 1e-7.
+template <class T, int K>
+__global__ void __launch_bounds__(kBlockThreads<K>, kBlocksPerProcessor<K>)
+    dpp_select_kernel(const __grid_constant__ DppSelect call, const Share share) {
+  const int team_in_block = K == 64 ? 0 : threadIdx.x / 32;
+  const int64_t g = static_cast<int64_t>(blockIdx.x) * kTeamsPerBlock<K> + team_in_block;
+  if (g >= call.in.groups) return;
+  const typename Tile<K>::Team team;
+  const Span span = span_of(call.in, g);
+  const bool possible = span.valid && call.n <= span.k;
+  const bool mine = possible && span.k >= share.low && span.k <= share.high;
+  if (!mine && (possible || !share.rest)) return;
+  const Room<K> room(team_in_block);
+  bool fine = mine;
+  if (mine) {
+    const int k = static_cast<int>(span.k);
+    gram_careful(static_cast<const T*>(call.in.x) + span.start * call.in.width, k, call.in.width, team.rank, room);
+    fine = cosines(call.in, span, team.rank, room);
+    if (fine) greedy<K>(call, g, k, team, room);
+  }
+  // What cannot be chosen from, in numbers that no position has.
+  if (!fine)
+    for (int n = team.rank; n < call.n; n += team.kThreads) call.picks[g * call.n + n] = -1;
+}
+
 template <int K, class Call>
 cudaError_t launch(void (*kernel)(const Call, const Share), Call call, Share share, cudaStream_t stream) {
   const int64_t blocks = (call.in.groups + kTeamsPerBlock<K> - 1) / kTeamsPerBlock<K>;
@@ -234,6 +260,10 @@ cudaError_t launch_as(const DppForward& call, Share share, cudaStream_t stream) 
 template <class T, int K>
 cudaError_t launch_as(const DppBackward& call, Share share, cudaStream_t stream) {
   return launch<K>(&dpp_bwd_kernel<T, K>, call, share, stream);
+}
+template <class T, int K>
+cudaError_t launch_as(const DppSelect& call, Share share, cudaStream_t stream) {
+  return launch<K>(&dpp_select_kernel<T, K>, call, share, stream);
 }
 
 // Offsets lie on the device and are not read here: ragged groups get the warp's kernel, then the block's, each for the
@@ -269,6 +299,7 @@ int run(DppDtype dtype, const Call& call, void* stream) {
 
 int dpp_fwd(DppDtype dtype, const DppForward& call, void* stream) { return run(dtype, call, stream); }
 int dpp_bwd(DppDtype dtype, const DppBackward& call, void* stream) { return run(dtype, call, stream); }
+int dpp_select(DppDtype dtype, const DppSelect& call, void* stream) { return run(dtype, call, stream); }
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace qempo::cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.distributed import ProcessGroup
 from .. import _backends, _check
 from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
 from ..reference.segments import segment_sum as _reference_segment_sum
-from . import triton_backend
+from . import op, triton_backend
 from .from_logits import LogpsFromLogits
 from .function import LinearLogps, shard_range
 from .options import DEFAULT_TAU, ENTROPY_TAU, Options, accumulator
@@ -44,6 +45,12 @@ def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """
     _check.tensor("values", values, ndim=1)
     _check.offsets("cu_seqlens", cu_seqlens, values.shape[0], values.device)
+    return _segment_sum(values, cu_seqlens)
+
+
+def _segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return op.segment_sum(values, cu_seqlens, _backends.choose("segment_sum", values.device))
     return _backends.kernel("segment_sum", values.device)(values, cu_seqlens)
 
 
@@ -89,7 +96,7 @@ def linear_logps(
         tau: keep threshold of the sampled gradient; smaller keeps more columns. None: 2^-9, for bfloat16 2^-10,
             for float16 2^-13; eight times that with entropy.
         process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
-            all outputs and the whole hidden gradient.
+            all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
         backend: "cpu", "reference", ... (see backends()); None chooses.
 
     Returns:
@@ -103,21 +110,64 @@ def linear_logps(
     _check_head(hidden, weight, targets, bias, logit_scale, softcap, ignore_index)
     _check_mode(grad, tau)
     inv_temperature = _inverse_temperature(temperature, targets, accumulator(hidden.dtype))
-    tiles = _backends.kernel("linear_logps", hidden.device, backend)()
-    first, vocabulary = shard_range(weight.shape[0], process_group, hidden.device)
-    flat = targets.reshape(-1).long()
-    counted = flat != ignore_index
-    _check_targets("targets", flat, counted, vocabulary, ignore_index)
-    live = None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    name = _backends.choose("linear_logps", hidden.device, backend)
     cap, keep = None if softcap is None else float(softcap), _tau(grad, tau, weight, hidden, bias, entropy)
-    # From torch's generator: torch.manual_seed repeats a step, and activation checkpointing, which restores the
-    # generator, sees the same columns when it recomputes.
-    seed = 0 if keep is None else int(torch.randint(2**62, (), dtype=torch.int64))
-    options = Options(float(logit_scale), cap, entropy, sum_sq, keep, seed, process_group)
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    logps, h, ss = LinearLogps.apply(flat_hidden, weight, bias, flat, inv_temperature, live, first, tiles, options)
-    logps = _marked(logps, flat, counted, vocabulary)
+    options = Options(float(logit_scale), cap, entropy, sum_sq, keep, 0, process_group)
+    run = _traced if torch.compiler.is_compiling() else _eager
+    if process_group is not None and torch.compiler.is_compiling():
+        # Collectives and the sizes of the shards stay out of the graph: it breaks here, or fullgraph=True says so.
+        run = torch.compiler.disable(_eager)
+    flat = targets.reshape(-1).long()
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logps, h, ss = run(rows, weight, bias, flat, inv_temperature, ignore_index, options, name)
     return TokenLogps(logps.reshape(targets.shape), _shaped(h, targets), _shaped(ss, targets))
+
+
+def _seed() -> torch.Tensor:
+    """From torch's generator: torch.manual_seed repeats a step, and activation checkpointing, which restores the
+    generator, sees the same columns when it recomputes.
+    """
+    return torch.randint(2**62, (), dtype=torch.int64)
+
+
+def _eager(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    inv_temperature: torch.Tensor | None,
+    ignore_index: int,
+    options: Options,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    tiles = _backends.kernel("linear_logps", hidden.device, name)()
+    first, vocabulary = shard_range(weight.shape[0], options.group, hidden.device)
+    op.check_values(targets, vocabulary, inv_temperature, ignore_index)
+    counted = targets != ignore_index
+    live = None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    if options.tau is not None:
+        options = replace(options, seed=int(_seed()))
+    logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
+    return _marked(logps, targets, counted, vocabulary), h, ss
+
+
+def _traced(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    inv_temperature: torch.Tensor | None,
+    ignore_index: int,
+    options: Options,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    seed = None if options.tau is None else _seed()
+    logps, h, ss, *_ = op.linear_logps_fwd(
+        *(hidden, weight, bias, targets, inv_temperature, seed, ignore_index, options.logit_scale, options.softcap),
+        *(options.entropy, options.sum_sq, options.tau, name),
+    )
+    logps = _marked(logps, targets, targets != ignore_index, weight.shape[0])
+    return logps, h if options.entropy else None, ss if options.sum_sq else None
 
 
 def sequence_logps(
@@ -152,7 +202,7 @@ def sequence_logps(
     _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:1])
     _check.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], hidden.device)
     tokens = linear_logps(hidden, weight, targets, **head)
-    return reduce_sequences(tokens, targets, cu_seqlens, average, head.get("ignore_index", -100))
+    return reduce_sequences(tokens, targets, cu_seqlens, average, head.get("ignore_index", -100), _segment_sum)
 
 
 def logps_from_logits(
@@ -188,15 +238,17 @@ def logps_from_logits(
     _check.tensor("targets", targets, dtypes=_check.INTS, shape=logits.shape[:-1], device=logits.device)
     _check.integer("ignore_index", ignore_index, low=-(2**63))
     inv_temperature = _inverse_temperature(temperature, targets, accumulator(logits.dtype))
-    tiles = _backends.kernel("logps_from_logits", logits.device, backend)()
-    flat = targets.reshape(-1).long()
+    name = _backends.choose("logps_from_logits", logits.device, backend)
+    rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
     counted = flat != ignore_index
-    _check_targets("targets", flat, counted, logits.shape[-1], ignore_index)
-    logps, h = LogpsFromLogits.apply(
-        logits.reshape(-1, logits.shape[-1]), flat.where(counted, 0), counted, inv_temperature, tiles, entropy
-    )
+    if torch.compiler.is_compiling():
+        logps, h, _ = op.logps_from_logits_fwd(rows, flat, inv_temperature, ignore_index, entropy, name)
+    else:
+        op.check_values(flat, logits.shape[-1], inv_temperature, ignore_index)
+        tiles = _backends.kernel("logps_from_logits", logits.device, name)()
+        logps, h = LogpsFromLogits.apply(rows, flat.where(counted, 0), counted, inv_temperature, tiles, entropy)
     logps = _marked(logps, flat, counted, logits.shape[-1])
-    return TokenLogps(logps.reshape(targets.shape), _shaped(h, targets), None)
+    return TokenLogps(logps.reshape(targets.shape), _shaped(h, targets) if entropy else None, None)
 
 
 def _shaped(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
@@ -244,32 +296,17 @@ def _check_mode(grad: Any, tau: Any) -> None:
             _check.bad_value("tau", "None with grad='exact'", tau)
 
 
-def _outside(targets: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    return counted & ((targets < 0) | (targets >= vocabulary))
-
-
 def _marked(logps: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """NaN at targets outside [0, V) where they could not be checked before: never a plausible number."""
     if _check.readable(targets):
         return logps
-    return logps.masked_fill(_outside(targets, counted, vocabulary), torch.nan)
-
-
-def _check_targets(name: str, targets: torch.Tensor, counted: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
-    if not _check.readable(targets):
-        return
-    bad = _outside(targets, counted, vocabulary)
-    if bool(bad.any()):
-        first = int(targets[bad][0])
-        _check.bad_value(name, f"tokens in [0, {vocabulary}) or ignore_index = {ignore_index}", first)
+    return logps.masked_fill(op.outside(targets, counted, vocabulary), torch.nan)
 
 
 def _inverse_temperature(temperature: Any, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """(N,) 1 / temperature, or None for 1."""
     if isinstance(temperature, torch.Tensor):
         _check.tensor("temperature", temperature, shape=targets.shape, device=targets.device)
-        if _check.readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
-            _check.bad_value("temperature", "positive finite values", "others among them")
         return temperature.detach().reshape(-1).to(dtype).reciprocal()
     _check.positive("temperature", temperature)
     if temperature == 1.0:

@@ -15,6 +15,52 @@ _PLAIN = Options(1.0, None, False, False, None, 0, None)
 _WITH_ENTROPY = Options(1.0, None, True, False, None, 0, None)
 
 
+_Optional = torch.Tensor | None
+
+
+def forward(
+    z: torch.Tensor,
+    targets: torch.Tensor,
+    counted: torch.Tensor,
+    inv_temperature: _Optional,
+    tiles: TilePass,
+    entropy: bool,
+) -> tuple[torch.Tensor, _Optional, torch.Tensor]:
+    """logps, 0 where not counted, and of all rows the entropy and lse."""
+    z = z if z.stride(-1) == 1 else z.contiguous()
+    options = _WITH_ENTROPY if entropy else _PLAIN
+    stats = RowStats.new(len(z), accumulator(z.dtype), z.device, entropy, False)
+    if len(z):
+        tiles.forward(z, None, inv_temperature, targets, stats, None, None, 0, options)
+    lse = stats.lse()
+    return torch.where(counted, stats.target - lse, lse.new_zeros(())), stats.entropy(), lse
+
+
+def backward(
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, _Optional],
+    inv_temperature: _Optional,
+    tiles: TilePass,
+    grad: _Optional,
+    grad_entropy: _Optional,
+) -> torch.Tensor:
+    """Gradient of rows = (z, targets, counted, lse, entropy)."""
+    z, targets, counted, lse, h = rows
+    zero = lse.new_zeros(())
+
+    def of_counted(g: _Optional) -> _Optional:
+        return None if g is None else torch.where(counted, g.to(lse.dtype), zero).contiguous()
+
+    g, gh = of_counted(grad), of_counted(grad_entropy)
+    g = torch.zeros_like(lse) if g is None else g
+    out = z.clone(memory_format=torch.contiguous_format)
+    if len(out):
+        options = _PLAIN if h is None else _WITH_ENTROPY
+        tiles.backward(out, None, inv_temperature, lse, g, gh, None if gh is None else h, None, targets, options)
+        # An ignored row may hold anything, NaN too, and 0 * NaN is NaN.
+        out[~counted] = 0
+    return out
+
+
 class LogpsFromLogits(torch.autograd.Function):
     """(logps, entropy or None) of (N, V) logits; targets of ignored rows are 0 and counted marks the others."""
 
@@ -24,37 +70,18 @@ class LogpsFromLogits(torch.autograd.Function):
         logits: torch.Tensor,
         targets: torch.Tensor,
         counted: torch.Tensor,
-        inv_temperature: torch.Tensor | None,
+        inv_temperature: _Optional,
         tiles: TilePass,
         entropy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        z = logits if logits.stride(-1) == 1 else logits.contiguous()
-        options = _WITH_ENTROPY if entropy else _PLAIN
-        stats = RowStats.new(len(z), accumulator(z.dtype), z.device, entropy, False)
-        if len(z):
-            tiles.forward(z, None, inv_temperature, targets, stats, None, None, 0, options)
-        lse, h = stats.lse(), stats.entropy()
-        ctx.save_for_backward(z, targets, counted, lse, h)
-        ctx.inv_temperature, ctx.tiles, ctx.options = inv_temperature, tiles, options
+    ) -> tuple[torch.Tensor, _Optional]:
+        logps, h, lse = forward(logits, targets, counted, inv_temperature, tiles, entropy)
+        ctx.save_for_backward(logits, targets, counted, lse, h)
+        ctx.inv_temperature, ctx.tiles = inv_temperature, tiles
         ctx.set_materialize_grads(False)
-        zero = lse.new_zeros(())
-        return torch.where(counted, stats.target - lse, zero), None if h is None else torch.where(counted, h, zero)
+        return logps, None if h is None else torch.where(counted, h, lse.new_zeros(()))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None) -> tuple[Any, ...]:
-        z, targets, counted, lse, h = ctx.saved_tensors
-        zero = lse.new_zeros(())
-
-        def rows(g: torch.Tensor | None) -> torch.Tensor | None:
-            return None if g is None else torch.where(counted, g.to(lse.dtype), zero).contiguous()
-
-        g, gh = rows(grad), rows(grad_entropy)
-        g = torch.zeros_like(lse) if g is None else g
-        out = z.clone(memory_format=torch.contiguous_format)
-        if len(out):
-            h = None if gh is None else h
-            ctx.tiles.backward(out, None, ctx.inv_temperature, lse, g, gh, h, None, targets, ctx.options)
-            # An ignored row may hold anything, NaN too, and 0 * NaN is NaN.
-            out[~counted] = 0
+    def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional) -> tuple[Any, ...]:
+        out = backward(ctx.saved_tensors, ctx.inv_temperature, ctx.tiles, grad, grad_entropy)
         return out, None, None, None, None, None

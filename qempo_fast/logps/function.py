@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from . import chunked
-from .chunked import HeadTensors, RowGrads
+from .chunked import HeadTensors, Kept, RowGrads
 from .options import Options, accumulator
 from .tile_pass import TilePass
 
@@ -28,9 +28,52 @@ def shard_range(vocabulary: int, group: ProcessGroup | None, device: torch.devic
     return sum(counts[: dist.get_rank(group)]), sum(counts)
 
 
-def _scatter(values: torch.Tensor, live: _Optional, n: int) -> torch.Tensor:
+def scatter(values: torch.Tensor, live: _Optional, n: int) -> torch.Tensor:
     """Results of the counted rows to all n rows, 0 elsewhere."""
     return values if live is None else values.new_zeros(n).index_copy_(0, live, values)
+
+
+def head_of(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: _Optional,
+    targets: torch.Tensor,
+    inv_temperature: _Optional,
+    live: _Optional,
+) -> HeadTensors:
+    """The counted rows as the chunked driver takes them."""
+    acc = accumulator(hidden.dtype)
+    wide = None if bias is None else bias.to(acc).contiguous()
+    head = HeadTensors(hidden.contiguous(), weight, wide, targets, inv_temperature)
+    return head if live is None else head.rows(live)
+
+
+def backward(
+    tiles: TilePass,
+    head: HeadTensors,
+    lse: torch.Tensor,
+    entropy: _Optional,
+    live: _Optional,
+    kept: list[Kept],
+    options: Options,
+    grads: tuple[_Optional, _Optional],
+    needs: tuple[bool, bool, bool],
+    n: int,
+) -> tuple[_Optional, _Optional, _Optional]:
+    """Gradients of hidden (n rows), weight and bias from those of all rows' logps and entropy; lse of counted rows."""
+
+    def rows(g: _Optional) -> _Optional:
+        return None if g is None else (g if live is None else g[live]).to(lse.dtype).contiguous()
+
+    g, gh = map(rows, grads)
+    row_grads = RowGrads(lse, torch.zeros_like(lse) if g is None else g, gh, None if gh is None else entropy)
+    dh, dw, db = chunked.backward(tiles, head, row_grads, kept, options, needs)
+    if dh is not None and options.group is not None:
+        # Each shard holds its columns' part of the sum.
+        dist.all_reduce(dh, group=options.group)
+    if dh is not None and live is not None:
+        dh = dh.new_zeros(n, dh.shape[1]).index_copy_(0, live, dh)
+    return dh, dw, db
 
 
 class LinearLogps(torch.autograd.Function):
@@ -50,16 +93,7 @@ class LinearLogps(torch.autograd.Function):
         options: Options,
     ) -> tuple[torch.Tensor, _Optional, _Optional]:
         n = hidden.shape[0]
-        acc = accumulator(hidden.dtype)
-        head = HeadTensors(
-            hidden.contiguous(),
-            weight,
-            None if bias is None else bias.to(acc).contiguous(),
-            targets - first_column,
-            inv_temperature,
-        )
-        if live is not None:
-            head = head.rows(live)
+        head = head_of(hidden, weight, bias, targets - first_column, inv_temperature, live)
         stats, kept = chunked.forward(tiles, head, options, first_column)
         if options.group is not None:
             stats = stats.merged(options.group)
@@ -69,7 +103,7 @@ class LinearLogps(torch.autograd.Function):
         ctx.kept, ctx.tiles, ctx.options = kept, tiles, options
         ctx.set_materialize_grads(False)
         outputs = [stats.target - lse, entropy, stats.log_sum_sq()]
-        full = [None if x is None else _scatter(x, live, n) for x in outputs]
+        full = [None if x is None else scatter(x, live, n) for x in outputs]
         if full[2] is not None:
             ctx.mark_non_differentiable(full[2])
         return tuple(full)  # type: ignore[return-value]
@@ -78,28 +112,11 @@ class LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, _: _Optional) -> tuple[Any, ...]:
         hidden, weight, bias, lse, entropy = ctx.saved_tensors
-        live = ctx.live
-        acc = accumulator(hidden.dtype)
-        head = HeadTensors(
-            hidden.contiguous(),
-            weight,
-            None if bias is None else bias.to(acc).contiguous(),
-            ctx.targets,
-            ctx.inv_temperature,
+        head = head_of(hidden, weight, bias, ctx.targets, ctx.inv_temperature, ctx.live)
+        grads, needs = (grad, grad_entropy), tuple(ctx.needs_input_grad[:3])
+        three = backward(
+            *(ctx.tiles, head, lse, entropy, ctx.live, ctx.kept, ctx.options, grads),
+            needs,  # type: ignore[arg-type]
+            hidden.shape[0],
         )
-        if live is not None:
-            head = head.rows(live)
-
-        def rows(g: _Optional) -> _Optional:
-            return None if g is None else (g if live is None else g[live]).to(acc).contiguous()
-
-        g, gh = rows(grad), rows(grad_entropy)
-        grads = RowGrads(lse, torch.zeros_like(lse) if g is None else g, gh, None if gh is None else entropy)
-        needs = tuple(ctx.needs_input_grad[:3])
-        dh, dw, db = chunked.backward(ctx.tiles, head, grads, ctx.kept, ctx.options, needs)  # type: ignore[arg-type]
-        if dh is not None and ctx.options.group is not None:
-            # Each shard holds its columns' part of the sum.
-            dist.all_reduce(dh, group=ctx.options.group)
-        if dh is not None and live is not None:
-            dh = torch.zeros_like(hidden).index_copy_(0, live, dh)
-        return dh, dw, db, None, None, None, None, None, None
+        return (*three, None, None, None, None, None, None)

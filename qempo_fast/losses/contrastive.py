@@ -109,10 +109,8 @@ def poft_loss(
         _check.bad_value("aligned_mean_logps", "at least one model", tuple(aligned_mean_logps.shape))
     dtype = _inputs.score_dtype(logps)
     aligned = aligned_mean_logps.detach().to(dtype)
-    _check.finite("aligned_mean_logps", aligned)
-    counts = lengths.detach().to(dtype)
-    if _check.readable(counts) and not bool((counts > 0).all()):
-        _check.bad_value("lengths", "lengths above 0", float(counts.min()))
+    aligned = _inputs.values("aligned_mean_logps", aligned)
+    counts = _inputs.values("lengths", lengths.detach().to(dtype), "positive")
     return _backends.kernel("poft_loss", device)(
         logps.to(dtype), counts, aligned, beta=beta, gamma=gamma, reduction=reduction
     )

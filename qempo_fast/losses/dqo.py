@@ -61,7 +61,7 @@ def dqo_loss(
     _inputs.needs_reference("ref_logps", ref_logps, beta)
     policy, fixed, reference = _inputs.with_rewards(logps, rewards, ref_logps if beta > 0 else None)
     group_size = _group_size(embeddings, logps, group_size, offsets)
-    _inputs.group_layout(logps, group_size, offsets, at_least=1 if baseline == "none" else 2)
+    offsets = _inputs.group_layout(logps, group_size, offsets, at_least=1 if baseline == "none" else 2)
     rows = embeddings.detach()
     if offsets is None and rows.ndim == 2:
         rows = rows.reshape(-1, group_size, rows.shape[1])

@@ -19,7 +19,8 @@ def _group_loss(
     logps: Any, ref_logps: Any, rewards: Any, ab: AlphaBeta, group_size: Any, offsets: Any, baseline: Any
 ) -> torch.Tensor:
     _check.choice("baseline", baseline, _inputs.BASELINES)
-    tensors = _grouped(logps, ref_logps, rewards, group_size, offsets, at_least=1 if baseline == "none" else 2)
+    at_least = 1 if baseline == "none" else 2
+    *tensors, offsets = _grouped(logps, ref_logps, rewards, group_size, offsets, at_least=at_least)
     return _backends.kernel("group_loss", logps.device)(
         *tensors, alpha=ab.alpha, beta=ab.beta, group_size=group_size, offsets=offsets, baseline=baseline
     )
@@ -28,7 +29,7 @@ def _group_loss(
 def _variance_loss(
     logps: Any, ref_logps: Any, rewards: Any, ab: AlphaBeta, group_size: Any, offsets: Any
 ) -> torch.Tensor:
-    tensors = _grouped(logps, ref_logps, rewards, group_size, offsets, at_least=2)
+    *tensors, offsets = _grouped(logps, ref_logps, rewards, group_size, offsets, at_least=2)
     return _backends.kernel("variance_loss", logps.device)(
         *tensors, alpha=ab.alpha, beta=ab.beta, group_size=group_size, offsets=offsets
     )
@@ -36,10 +37,9 @@ def _variance_loss(
 
 def _grouped(
     logps: Any, ref_logps: Any, rewards: Any, group_size: Any, offsets: Any, *, at_least: int
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any]:
     policy, fixed, reference = _inputs.with_rewards(logps, rewards, ref_logps)
-    _inputs.group_layout(logps, group_size, offsets, at_least=at_least)
-    return policy, reference, fixed
+    return policy, reference, fixed, _inputs.group_layout(logps, group_size, offsets, at_least=at_least)
 
 
 def spl_loss(
@@ -268,7 +268,6 @@ def group_advantages(
     _check.choice("scale", scale, ("std", "none"))
     _check.choice("baseline", baseline, ("mean", "loo"))
     _check.tensor("rewards", rewards, ndim=1)
-    _inputs.group_layout(rewards, group_size, offsets, at_least=2)
-    values = rewards.detach().to(_inputs.score_dtype(rewards))
-    _check.finite("rewards", values)
+    offsets = _inputs.group_layout(rewards, group_size, offsets, at_least=2)
+    values = _inputs.values("rewards", rewards.detach().to(_inputs.score_dtype(rewards)))
     return groups.group_advantages(values, group_size=group_size, offsets=offsets, scale=scale, baseline=baseline)

@@ -49,7 +49,7 @@ def rspo_loss(
     _check.choice("baseline", baseline, _inputs.BASELINES)
     policy, fixed = _inputs.with_rewards(logps, rewards)
     at_least = 2 if k == 1 and baseline != "none" else k
-    _inputs.group_layout(logps, group_size, offsets, at_least=at_least)
+    offsets = _inputs.group_layout(logps, group_size, offsets, at_least=at_least)
     return _backends.kernel("rspo_loss", logps.device)(
         policy, fixed, k=k, group_size=group_size, offsets=offsets, baseline=baseline
     )

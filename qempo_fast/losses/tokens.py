@@ -76,10 +76,9 @@ def grpo_loss(
         {"old_token_logps": old_token_logps, "ref_token_logps": ref_token_logps if kl > 0 else None},
     )
     _check.tensor("old_token_logps", old_token_logps)
-    _check.offsets("cu_seqlens", cu_seqlens, policy.shape[0], policy.device)
+    cu_seqlens = _inputs.offsets("cu_seqlens", cu_seqlens, policy.shape[0], policy.device)
     _check.tensor("advantages", advantages, shape=(cu_seqlens.shape[0] - 1,), device=policy.device)
-    scale = advantages.detach().to(policy.dtype)
-    _check.finite("advantages", scale)
+    scale = _inputs.values("advantages", advantages.detach().to(policy.dtype))
     return _backends.kernel("token_loss", policy.device)(
         policy,
         old,

@@ -349,12 +349,14 @@ def _select(x: torch.Tensor, n: int, log_quality: torch.Tensor | None, ridge: fl
         picks[:, step] = pick
         taken[each, pick] = True
         # Cholesky step of L + ridge I in units of s: c_ij -= c_ip c_pj s_p^2 / (ridge + s_p^2 v_p), below 1 /
-        # v_p.
-        weight = torch.exp(2 * log_s[each, pick] - torch.logaddexp(log_ridge, signal[each, pick]))
+        # v_p. Not exp(2 log s - gain): rounding of a gain near 500 would leave a repetition 1e-13 of itself.
+        weight = 1 / (v[each, pick] + torch.exp(log_ridge - 2 * log_s[each, pick]))
         weight = torch.where(v[each, pick] <= floor, 0.0, weight)
         column = rest[each, :, pick]
         rest = rest - weight[:, None, None] * column[:, :, None] * column[:, None, :]
-    return picks
+    # Values that were not checked: no position, rather than a wrong one.
+    broken = ~(length.isfinite() & (log_s < torch.inf)).all(-1, keepdim=True)
+    return picks.masked_fill_(broken | (n > k), -1)
 
 
 def dpp_select(

@@ -5,6 +5,7 @@ The (N, V) logits are kept by autograd here; the public ops never keep them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -118,11 +119,16 @@ def sequence_logps(
 
 
 def reduce_sequences(
-    tokens: TokenLogps, targets: torch.Tensor, cu_seqlens: torch.Tensor, average: bool, ignore_index: int
+    tokens: TokenLogps,
+    targets: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    average: bool,
+    ignore_index: int,
+    total: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = segment_sum,
 ) -> SequenceLogps:
-    """Token results to sequence results."""
-    lengths = segment_sum((targets != ignore_index).double(), cu_seqlens).long()
-    sums = [None if x is None else segment_sum(x, cu_seqlens) for x in (tokens.logps, tokens.entropy)]
+    """Token results to sequence results; total sums over segments."""
+    lengths = total((targets != ignore_index).double(), cu_seqlens).long()
+    sums = [None if x is None else total(x, cu_seqlens) for x in (tokens.logps, tokens.entropy)]
     if average:
         sums = [None if x is None else x / lengths.clamp_min(1) for x in sums]
     assert sums[0] is not None

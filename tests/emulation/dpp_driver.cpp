@@ -18,4 +18,9 @@ const char* emulated_bwd(int dtype, const DppGroups* in, const DppKept* kept, fl
       dpp_bwd(static_cast<DppDtype>(dtype), {*in, *kept, grads[0], grads[1], grads[2], grads[3]}, nullptr);
   return error == 0 ? "" : error_text(error);
 }
+
+const char* emulated_select(int dtype, const DppGroups* in, int n, int64_t* picks) {
+  const int error = dpp_select(static_cast<DppDtype>(dtype), {*in, n, picks}, nullptr);
+  return error == 0 ? "" : error_text(error);
+}
 }

@@ -28,13 +28,11 @@ double length(const double* x, int64_t n) {
   return top * std::sqrt(sum);
 }
 
-double noise(int64_t k) { return 8 * static_cast<double>(k) * std::numeric_limits<double>::epsilon(); }
-
 // Pivoted Cholesky of the cosines, largest s^2 v first; rows within rounding of the others last, with zero columns.
 void pivoted(int64_t k, const double* cosines, const double* log_s, std::vector<int64_t>& order, Matrix& factor) {
   Matrix rest(cosines, cosines + k * k), unordered(k * k, 0.0);
   std::vector<bool> left(k, true);
-  const double floor = noise(k);
+  const double floor = dpp_noise(k);
   for (int64_t step = 0; step < k; ++step) {
     int64_t pivot = -1, dependent = -1;
     double best = -kInfinity;
@@ -129,7 +127,7 @@ Factor factorise(int64_t k, const double* cosines, const double* log_s, double r
     columns[i * m + k + i] = scale;
     for (int64_t j = 0; j < k; ++j) {
       double& w = weights[i * k + j];
-      if (std::abs(w) <= noise(k)) w = 0;
+      if (std::abs(w) <= dpp_noise(k)) w = 0;
       if (heavy[i] || !heavy[j]) columns[i * m + j] = t[i] * f[i * k + j];
       if (w != 0) columns[i * m + k + j] = -scale * w * std::exp(ls[i] - ls[j]);
     }
@@ -193,6 +191,8 @@ const DppKernels& dpp_kernels() {
 #endif
   return baseline::dpp_kernels();
 }
+
+double dpp_noise(int64_t k) { return 8 * static_cast<double>(k) * std::numeric_limits<double>::epsilon(); }
 
 bool dpp_is_hard(int64_t k, const double* log_s, double ridge) {
   const double top = *std::max_element(log_s, log_s + k);

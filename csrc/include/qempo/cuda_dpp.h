@@ -44,10 +44,17 @@ struct DppBackward {
   float* grad_log_quality;                // (rows) or null
 };
 
+struct DppSelect {
+  DppGroups in;
+  int n;
+  int64_t* picks;  // (groups, n)
+};
+
 // Enqueue on the stream and return a cudaError_t, 0 for success. They wait for nothing and allocate nothing, so a CUDA
 // graph may capture them.
 int dpp_fwd(DppDtype dtype, const DppForward& call, void* stream);
 int dpp_bwd(DppDtype dtype, const DppBackward& call, void* stream);
+int dpp_select(DppDtype dtype, const DppSelect& call, void* stream);
 const char* error_text(int error);
 
 }  // namespace qempo::cuda

@@ -40,9 +40,13 @@ struct DppGrads {
 using DppForward = void (*)(const DppGroups&, const DppResults&, int threads);
 using DppBackward = void (*)(const DppGroups&, const DppGrads&, int threads);
 
+// Greedy choice of n rows from each group into picks (groups, n).
+using DppSelect = void (*)(const DppGroups&, int64_t n, int64_t* picks, int threads);
+
 struct DppKernels {
   DppForward forward_f32, forward_bf16, forward_f64;
   DppBackward backward_f32, backward_bf16, backward_f64;
+  DppSelect select_f32, select_bf16, select_f64;
 };
 
 // One table per instruction set, each from its own compilation of cpu/dpp.cpp.
@@ -50,6 +54,9 @@ namespace baseline { const DppKernels& dpp_kernels(); }
 namespace avx2 { const DppKernels& dpp_kernels(); }
 namespace avx512 { const DppKernels& dpp_kernels(); }
 const DppKernels& dpp_kernels();
+
+// Squared sine (and weight) that rounding of the products leaves between dependent rows.
+double dpp_noise(int64_t k);
 
 // Groups with s^2 / ridge above 1e4 take these, the square-root factorisation of docs/dpp.md, in scalar double.
 // cosines (k, k) with diagonal 1, or 0 for a zero row; log_s (k), -infinity for a zero row.

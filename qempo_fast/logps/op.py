@@ -1,0 +1,273 @@
+"""The log-prob ops in torch's library of operators, as torch.compile and torch.export take them.
+
+Eager calls go to the autograd functions next door instead, which cost less per call. An op here checks values where the
+graph runs, since tracing cannot read them, and gives an empty tensor where the eager function gives None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _backends, _check
+from . import chunked, from_logits, function
+from .chunked import BREAK_EVEN, Kept
+from .options import Options, accumulator
+
+_Optional = torch.Tensor | None
+
+
+def outside(targets: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    return counted & ((targets < 0) | (targets >= vocabulary))
+
+
+def check_values(targets: torch.Tensor, vocabulary: int, inv_temperature: _Optional, ignore_index: int) -> None:
+    """Raise on targets outside [0, vocabulary) that are counted, and on a temperature that is not positive."""
+    if not _check.readable(targets):
+        return
+    # 1 / temperature is positive and finite where the temperature is.
+    if inv_temperature is not None and not bool(((inv_temperature > 0) & inv_temperature.isfinite()).all()):
+        _check.bad_value("temperature", "positive finite values", "others among them")
+    bad = outside(targets, targets != ignore_index, vocabulary)
+    if bool(bad.any()):
+        first = int(targets[bad][0])
+        _check.bad_value("targets", f"tokens in [0, {vocabulary}) or ignore_index = {ignore_index}", first)
+
+
+def _scales(kept: list[Kept], rows: int, like: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """(rows, V) 1 / keep probability, 0 where a column is not kept: a shape that a graph knows, unlike Kept's."""
+    out = like.new_zeros(rows, vocabulary)
+    for scale, chunk in zip(out, kept, strict=False):
+        if chunk.columns is None or chunk.inverse is None:
+            scale.fill_(1.0)
+        else:
+            scale[chunk.columns] = chunk.inverse.to(scale.dtype)
+    return out
+
+
+def _kept(scales: torch.Tensor) -> list[Kept]:
+    """What _scales was made of; a chunk that kept no more than BREAK_EVEN of the columns never has all of them."""
+    chunks = []
+    for scale in scales:
+        columns = scale.nonzero().squeeze(1)
+        every = len(columns) > BREAK_EVEN * len(scale)
+        chunks.append(Kept(None, None) if every else Kept(columns, scale[columns]))
+    return chunks
+
+
+def _live(targets: torch.Tensor, ignore_index: int) -> _Optional:
+    counted = targets != ignore_index
+    return None if bool(counted.all()) else counted.nonzero().squeeze(1)
+
+
+def _pick(x: torch.Tensor, live: _Optional) -> torch.Tensor:
+    return x if live is None else x[live]
+
+
+@torch.library.custom_op("qempo_fast::linear_logps_fwd", mutates_args=())
+def linear_logps_fwd(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    inv_temperature: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    entropy: bool,
+    sum_sq: bool,
+    tau: float | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logps, entropy, sum_sq, and to keep: lse (N,), scales of the kept columns (chunks, V)."""
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    check_values(targets, vocabulary, inv_temperature, ignore_index)
+    live = _live(targets, ignore_index)
+    options = Options(logit_scale, softcap, entropy, sum_sq, tau, 0 if seed is None else int(seed), None)
+    tiles = _backends.kernel("linear_logps", hidden.device, backend)()
+    head = function.head_of(hidden, weight, bias, targets, inv_temperature, live)
+    stats, kept = chunked.forward(tiles, head, options, 0)
+    lse = stats.lse()
+    outputs = (stats.target - lse, stats.entropy(), stats.log_sum_sq(), lse)
+    full = [lse.new_empty(0) if x is None else function.scatter(x, live, n) for x in outputs]
+    rows = 0 if tau is None else -(-n // tiles.sizes(True).rows)
+    return full[0], full[1], full[2], full[3], _scales(kept, rows, lse, vocabulary if rows else 0)
+
+
+@linear_logps_fwd.register_fake
+def _(
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    targets: Any,
+    inv_temperature: Any,
+    seed: Any,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: Any,
+    entropy: bool,
+    sum_sq: bool,
+    tau: Any,
+    backend: str,
+) -> Any:
+    n, acc = hidden.shape[0], accumulator(hidden.dtype)
+    tiles = _backends.kernel("linear_logps", hidden.device, backend)()
+    kept = (0, 0) if tau is None else (-(-n // tiles.sizes(True).rows), weight.shape[0])
+    shapes = ((n,), (n if entropy else 0,), (n if sum_sq else 0,), (n,), kept)
+    return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
+
+
+@torch.library.custom_op("qempo_fast::linear_logps_bwd", mutates_args=())
+def linear_logps_bwd(
+    grad: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    inv_temperature: torch.Tensor | None,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    scales: torch.Tensor,
+    needs: list[bool],
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    tau: float | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    live = _live(targets, ignore_index)
+    head = function.head_of(hidden, weight, bias, targets, inv_temperature, live)
+    options = Options(logit_scale, softcap, grad_entropy is not None, False, tau, 0, None)
+    three = function.backward(
+        _backends.kernel("linear_logps", hidden.device, backend)(),
+        head,
+        _pick(lse, live),
+        None if grad_entropy is None else _pick(entropy, live),
+        live,
+        [] if tau is None else _kept(scales),
+        options,
+        (grad, grad_entropy),
+        (needs[0], needs[1], needs[2]),
+        hidden.shape[0],
+    )
+    return tuple(hidden.new_empty(0) if x is None else x for x in three)  # type: ignore[return-value]
+
+
+@linear_logps_bwd.register_fake
+def _(
+    grad: Any, grad_entropy: Any, hidden: Any, weight: Any, bias: Any, t: Any, i: Any, lse: Any, h: Any, s: Any,
+    needs: Any, *settings: Any,
+) -> Any:  # fmt: skip
+    inputs = (hidden, weight, bias)
+    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(inputs, needs, strict=True))
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    hidden, weight, bias, targets, inv_temperature, _, ignore_index, scale, softcap, entropy, _, tau, backend = inputs
+    _, h, sum_sq, lse, scales = output
+    ctx.save_for_backward(hidden, weight, bias, targets, inv_temperature, lse, h, scales)
+    ctx.entropy, ctx.settings = entropy, (ignore_index, scale, softcap, tau, backend)
+    ctx.mark_non_differentiable(sum_sq, lse, scales)
+
+
+def _linear_backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    three = linear_logps_bwd(grad, grad_entropy if ctx.entropy else None, *ctx.saved_tensors, needs, *ctx.settings)
+    return (*(g if need else None for g, need in zip(three, needs, strict=True)), *[None] * 10)
+
+
+linear_logps_fwd.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("qempo_fast::logps_from_logits_fwd", mutates_args=())
+def logps_from_logits_fwd(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    inv_temperature: torch.Tensor | None,
+    ignore_index: int,
+    entropy: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logps, entropy, and to keep: lse (N,)."""
+    check_values(targets, logits.shape[1], inv_temperature, ignore_index)
+    counted = targets != ignore_index
+    tiles = _backends.kernel("logps_from_logits", logits.device, backend)()
+    logps, full, lse = from_logits.forward(logits, targets.where(counted, 0), counted, inv_temperature, tiles, entropy)
+    return logps, lse.new_empty(0) if full is None else full.where(counted, 0.0), lse
+
+
+@logps_from_logits_fwd.register_fake
+def _(logits: Any, targets: Any, inv_temperature: Any, ignore_index: int, entropy: bool, backend: str) -> Any:
+    n, acc = logits.shape[0], accumulator(logits.dtype)
+    return tuple(logits.new_empty(shape, dtype=acc) for shape in ((n,), (n if entropy else 0,), (n,)))
+
+
+@torch.library.custom_op("qempo_fast::logps_from_logits_bwd", mutates_args=())
+def logps_from_logits_bwd(
+    grad: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    inv_temperature: torch.Tensor | None,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    ignore_index: int,
+    backend: str,
+) -> torch.Tensor:
+    counted = targets != ignore_index
+    tiles = _backends.kernel("logps_from_logits", logits.device, backend)()
+    rows = (logits, targets.where(counted, 0), counted, lse, None if grad_entropy is None else entropy)
+    return from_logits.backward(rows, inv_temperature, tiles, grad, grad_entropy)
+
+
+@logps_from_logits_bwd.register_fake
+def _(grad: Any, grad_entropy: Any, logits: Any, *_: Any) -> Any:
+    return logits.new_empty(logits.shape)
+
+
+def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, targets, inv_temperature, ignore_index, ctx.entropy, backend = inputs
+    ctx.save_for_backward(logits, targets, inv_temperature, output[2], output[1])
+    ctx.settings = (ignore_index, backend)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _logits_backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    out = logps_from_logits_bwd(grad, grad_entropy if ctx.entropy else None, *ctx.saved_tensors, *ctx.settings)
+    return out, None, None, None, None, None
+
+
+logps_from_logits_fwd.register_autograd(_logits_backward, setup_context=_logits_setup)
+
+
+@torch.library.custom_op("qempo_fast::segment_sum", mutates_args=())
+def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor, backend: str) -> torch.Tensor:
+    _check.offsets("cu_seqlens", cu_seqlens, values.shape[0], values.device)
+    return _backends.kernel("segment_sum", values.device, backend)(values, cu_seqlens)
+
+
+@segment_sum.register_fake
+def _(values: Any, cu_seqlens: Any, backend: str) -> Any:
+    return values.new_empty(cu_seqlens.shape[0] - 1, dtype=accumulator(values.dtype))
+
+
+def _segment_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    values, cu_seqlens, _ = inputs
+    ctx.save_for_backward(cu_seqlens)
+    ctx.n, ctx.dtype = values.shape[0], values.dtype
+
+
+def _segment_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    (cu_seqlens,) = ctx.saved_tensors
+    if grad.shape[0] == 0:
+        return grad.new_full((ctx.n,), torch.nan, dtype=ctx.dtype), None, None
+    at = torch.searchsorted(cu_seqlens, torch.arange(ctx.n, device=grad.device, dtype=cu_seqlens.dtype), right=True) - 1
+    # Offsets that could not be checked may leave tokens in no segment.
+    held = (at >= 0) & (at < grad.shape[0])
+    return torch.where(held, grad[at.clamp(0, grad.shape[0] - 1)], torch.nan).to(ctx.dtype), None, None
+
+
+segment_sum.register_autograd(_segment_backward, setup_context=_segment_setup)
