@@ -3,14 +3,13 @@
     python bench/bench_logps.py --dtype float32 --threads 2 --json bench/results/logps_cpu_float32.json
     pytest -o pythonpath=bench bench/bench_logps.py --benchmark-only     (float32, providers one after another)
 
-Peak memory is measured in one process for each provider, before anything is timed.
+With --memory: peak memory, in one process for each provider, instead of time (logps_cpu_memory_float32.json).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -160,17 +159,15 @@ def checked(name: str, made: Inputs, dtype: str) -> tuple[Step, dict[str, float]
     return step, errors
 
 
-def _high_water() -> int:
-    """Peak resident KiB. Not ru_maxrss: a child inherits its parent's, and it cannot be set back."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
+def _status(key: str) -> float:
+    """MiB under key in this process's status. Not ru_maxrss: a child inherits its parent's and cannot set it back."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
-def memory(name: str, made: Inputs) -> float:
-    """MiB of this process above the inputs and the two gradients at the peak of one step, the smaller of two.
+def memory(name: str, made: Inputs) -> dict[str, float]:
+    """MiB above the inputs and the two gradients at the peak of a process's first step, and what stays after it.
 
-    Pages of libraries that the system dropped and the step reads again count as growth: 35 MiB in some processes, in
-    the first step only.
+    What stays is scratch of the GEMM libraries and blocks that malloc does not give back.
     """
     function = PROVIDERS[name][2]()
     leaves = (made.hidden.requires_grad_(), made.weight.requires_grad_())
@@ -179,25 +176,33 @@ def memory(name: str, made: Inputs) -> float:
     small.sum().backward()
     made.hidden.grad = made.weight.grad = None
     incoming = made.incoming.to(small.dtype)
-    grown = []
-    for _ in range(2):
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _high_water()
-        grads = torch.autograd.grad(function(*leaves, made.targets), leaves, incoming)
-        grown.append((_high_water() - before) / 1024 - sum(g.nbytes for g in grads) / 2**20)
-        del grads
-    return min(grown)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, anonymous = _status("VmHWM"), _status("RssAnon")
+    grads = torch.autograd.grad(function(*leaves, made.targets), leaves, incoming)
+    peak = _status("VmHWM") - before - sum(g.nbytes for g in grads) / 2**20
+    del grads
+    return {"memory_mib": peak, "kept_mib": _status("RssAnon") - anonymous}
 
 
-def peak(name: str, args: argparse.Namespace) -> float:
+def in_own_process(name: str, args: argparse.Namespace) -> dict[str, float]:
     words = ["--dtype", args.dtype, "--threads", str(args.threads), "--n", str(args.n), "--cache", str(args.cache)]
     command = [sys.executable, __file__, *words, "--memory-of", name]
-    # A fixed threshold: freed blocks go back to the system, so that the second step starts where the first did.
-    fixed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
-    done = subprocess.run(command, capture_output=True, text=True, env=fixed)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"memory of {name}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_rows(names: list[str], args: argparse.Namespace) -> list[dict]:
+    table = []
+    for name in names:
+        try:
+            PROVIDERS[name][2]()
+        except (ImportError, RuntimeError):
+            continue
+        table.append({"dtype": args.dtype, "n": args.n, "provider": name, **in_own_process(name, args)})
+        console.print(table[-1], highlight=False)
+    return table
 
 
 def run_case(made: Inputs, names: list[str], args: argparse.Namespace) -> list[dict]:
@@ -213,8 +218,7 @@ def run_case(made: Inputs, names: list[str], args: argparse.Namespace) -> list[d
         except (ImportError, RuntimeError) as error:
             table.append({**base, "reason": reason(error)})
             continue
-        bases[name] = {**base, **errors, "memory_mib": peak(name, args)}
-        console.print(name, bases[name]["memory_mib"], "MiB", errors, highlight=False)
+        bases[name] = {**base, **errors}
     for name, sampled in (("GEMMs of sampled's forward", True), ("GEMMs of exact's forward", False)):
         steps[name] = bare_gemm(made, sampled)
         bases[name] = {**case, "provider": name, "kind": "floor"}
@@ -234,6 +238,7 @@ def main() -> None:
     parser.add_argument("--providers", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()), help="folder for the hidden states")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory", action="store_true", help="peak memory of each provider, and no timing")
     parser.add_argument("--memory-of", choices=list(PROVIDERS), help="print the peak memory of one provider, and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -244,7 +249,10 @@ def main() -> None:
     if args.json is None:
         parser.error("--json is needed")
     header = environment(("trl", "cut-cross-entropy", "liger-kernel"))
-    write(args.json, {**header, "rounds": args.rounds}, run_case(made, args.providers, args))
+    if args.memory:
+        args.json.write_text(json.dumps({**header, "rows": memory_rows(args.providers, args)}, indent=1) + "\n")
+    else:
+        write(args.json, {**header, "rounds": args.rounds}, run_case(made, args.providers, args))
 
 
 @pytest.fixture(scope="module")

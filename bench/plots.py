@@ -58,14 +58,14 @@ def dpp(runs: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def logps(runs: list[dict[str, Any]], path: Path) -> None:
+def logps(runs: list[dict[str, Any]], memories: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for row, run in zip(axes, runs, strict=True):
+    for row, run, measured in zip(axes, runs, memories, strict=True):
         timed = [r for r in run["rows"] if r.get("mode") == "full"]
         names = [r["provider"] for r in timed][::-1]
         forward = {r["provider"]: r["median_ms"] for r in run["rows"] if r.get("mode") == "forward"}
         whole = {r["provider"]: r["median_ms"] for r in timed}
-        memory = {r["provider"]: r["memory_mib"] for r in timed}
+        memory = {r["provider"]: r["memory_mib"] for r in measured["rows"]}
         both = [whole[n] for n in names]
         front = [min(forward[n], whole[n]) for n in names]
         row[0].barh(names, both, color="#56B4E9", label="backward")
@@ -91,6 +91,6 @@ def logps(runs: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def draw(results: dict[str, dict[str, Any]], folder: Path) -> None:
-    dpp([run for name, run in results.items() if name.startswith("dpp")], folder / "dpp_time.png")
-    logps([run for name, run in results.items() if name.startswith("logps")], folder / "linear_logps_time.png")
+def draw(dpp_runs: list[dict], logps_runs: list[dict], memories: list[dict], folder: Path) -> None:
+    dpp(dpp_runs, folder / "dpp_time.png")
+    logps(logps_runs, memories, folder / "linear_logps_time.png")

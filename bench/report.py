@@ -43,7 +43,7 @@ def where(run: dict[str, Any]) -> str:
     return (
         f"{run['cpu']}, {run['cores']} cores, {threads(run)}; torch {run['torch']}, "
         f"qempo_fast {run['qempo_fast']} at {run['commit']}{peers}; {run['date']}; {run['rounds']} interleaved rounds; "
-        f"load average {load}.{' ' + run['memory_run'] + '.' if 'memory_run' in run else ''}"
+        f"load average {load}."
     )
 
 
@@ -116,20 +116,26 @@ def logps_table() -> str:
     parts = []
     for run in map(load, LOGPS):
         rows, lines = run["rows"], []
+        memory = memory_of(rows[0]["dtype"])
         for name in dict.fromkeys(r["provider"] for r in sorted(rows, key=lambda r: "reason" in r)):
             row = of(rows, name) or of(rows, name, "forward")
             if row is None:
                 why = next(r["reason"] for r in rows if r["provider"] == name)
-                lines.append([name, f"did not run: {why}", "", "", "", "", "", ""])
+                lines.append([name, f"did not run: {why}", "", "", "", "", "", "", ""])
                 continue
             mine, full = name.startswith("qempo_fast"), row["mode"] == "full"
             cells = [milliseconds(median(rows, name, mode)) for mode in ("forward", "backward", "full")]
-            cells += [f"{row['memory_mib']:.0f}", f"{row['error_hidden']:.1e}", f"{row['error_weight']:.1e}",
-                      f"{row['ratio_to_best_peer']:.2f}"] if full else [""] * 4  # fmt: skip
+            cells += [f"{memory[name]['memory_mib']:.0f}", f"{memory[name]['kept_mib']:.0f}", f"{row['error_hidden']:.1e}", f"{row['error_weight']:.1e}",
+                      f"{row['ratio_to_best_peer']:.2f}"] if full else [""] * 5  # fmt: skip
             lines.append([f"**{name}**" if mine else name, *cells])
-        head = ["provider", "forward", "backward", "both", "MiB", "error dH", "error dW", "best peer / this"]
+        head = ["provider", "forward", "backward", "both", "MiB", "kept", "error dH", "error dW", "best peer / this"]
         parts.append(f"{rows[0]['case']}. {where(run)}\n\n{table(head, lines)}")
     return "\n\n".join(parts)
+
+
+def memory_of(dtype: str) -> dict[str, dict[str, float]]:
+    """Memory rows by provider, empty where a provider was not measured."""
+    return {row["provider"]: row for row in load(f"logps_cpu_memory_{dtype}")["rows"]}
 
 
 def _logps_goals(run: dict[str, Any], plain: float, trl: float) -> list[list[str]]:
@@ -148,7 +154,9 @@ def _logps_goals(run: dict[str, Any], plain: float, trl: float) -> list[list[str
     bare = median(rows, "GEMMs of exact's forward", "forward")
     lines.append(goal(f"exact forward / its GEMMs, {dtype}", 1.15, forward / bare, False))
     plain_row = of(rows, PLAIN)
-    lines.append(goal(f"memory, sampled / plain, {dtype}", 0.08, mine["memory_mib"] / plain_row["memory_mib"], False))
+    memory = memory_of(dtype)
+    share = memory[SAMPLED]["memory_mib"] / memory[PLAIN]["memory_mib"]
+    lines.append(goal(f"memory, sampled / plain, {dtype}", 0.08, share, False))
     if dtype == "bfloat16":
         for name in (SAMPLED, f"{SAMPLED} 2^-10"):
             for key in ("error_hidden", "error_weight"):
@@ -199,7 +207,8 @@ def main() -> None:
         sys.exit(f"out of date, run python bench/report.py: {', '.join(stale)}" if stale else 0)
     import plots
 
-    plots.draw({name: load(name) for name in DPP + LOGPS}, ROOT / "docs" / "images")
+    memories = [load(name.replace("cpu", "cpu_memory")) for name in LOGPS]
+    plots.draw([load(name) for name in DPP], [load(name) for name in LOGPS], memories, ROOT / "docs" / "images")
 
 
 if __name__ == "__main__":

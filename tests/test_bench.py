@@ -49,11 +49,32 @@ def test_logps(tmp_path: Path, dtype: str) -> None:
     for name in names[:3]:
         mine = [r for r in rows if r["provider"] == name]
         assert {r["mode"] for r in mine} == MODES
-        assert all(r["error_weight"] < 0.04 and "memory_mib" in r for r in mine)
+        assert all(r["error_weight"] < 0.04 for r in mine)
     liger = [r for r in rows if r["provider"] == "Liger"]
     assert len(liger) == 1
     assert "GPU" in liger[0]["reason"]
     assert "median_ms" not in liger[0]
+
+
+def test_memory(tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    words = [
+        "--n",
+        "0",
+        "--threads",
+        "1",
+        "--cache",
+        str(tmp_path),
+        "--memory",
+        "--providers",
+        "qempo_fast exact",
+        "Liger",
+    ]
+    done = _run("bench_logps.py", *words, "--json", str(out), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["provider"] == "qempo_fast exact"
+    assert row["memory_mib"] > 0
 
 
 def test_wrong_results_are_not_timed(tmp_path: Path) -> None:
