@@ -125,8 +125,13 @@ def logps_table() -> str:
                 continue
             mine, full = name.startswith("qempo_fast"), row["mode"] == "full"
             cells = [milliseconds(median(rows, name, mode)) for mode in ("forward", "backward", "full")]
-            cells += [f"{memory[name]['memory_mib']:.0f}", f"{memory[name]['kept_mib']:.0f}", f"{row['error_hidden']:.1e}", f"{row['error_weight']:.1e}",
-                      f"{row['ratio_to_best_peer']:.2f}"] if full else [""] * 5  # fmt: skip
+            if full:
+                mib = memory[name]
+                cells += [f"{mib[key]:.0f}" for key in ("memory_mib", "kept_mib")]
+                cells += [f"{row[key]:.1e}" for key in ("error_hidden", "error_weight")]
+                cells.append(f"{row['ratio_to_best_peer']:.2f}")
+            else:
+                cells += [""] * 5
             lines.append([f"**{name}**" if mine else name, *cells])
         head = ["provider", "forward", "backward", "both", "MiB", "kept", "error dH", "error dW", "best peer / this"]
         parts.append(f"{rows[0]['case']}. {where(run)}\n\n{table(head, lines)}")
