@@ -190,11 +190,16 @@ def test_sampled_is_unbiased(backend: str, head: str, entropy: bool) -> None:
         assert 0.4 < ratio < 1.8, f"{name}: squared error over squared standard error {ratio:.2f}"
 
 
-def kept_share(logps: torch.Tensor, vocabulary: int) -> float:
-    node = logps.grad_fn
+def kept_columns(logps: torch.Tensor) -> list[Any]:
+    """What each row chunk kept, from the op's node of the graph; empty where the gradient is exact."""
+    node: Any = logps.grad_fn
     while not hasattr(node, "kept"):
-        node = node.next_functions[0][0]  # type: ignore[union-attr]
-    counts = [vocabulary if k.columns is None else len(k.columns) for k in node.kept]
+        node = node.next_functions[0][0]
+    return node.kept
+
+
+def kept_share(logps: torch.Tensor, vocabulary: int) -> float:
+    counts = [vocabulary if k.columns is None else len(k.columns) for k in kept_columns(logps)]
     return sum(counts) / (len(counts) * vocabulary)
 
 
@@ -261,10 +266,7 @@ def test_auto_is_exact_in_float32_and_sampled_in_bfloat16() -> None:
     ):
         x = peaked(dtype)
         hidden = x.hidden.clone().requires_grad_()
-        node = qf.linear_logps(hidden, x.weight, x.targets).logps.grad_fn
-        while not hasattr(node, "kept"):
-            node = node.next_functions[0][0]  # type: ignore[union-attr]
-        assert bool(node.kept) == sampled, dtype
+        assert bool(kept_columns(qf.linear_logps(hidden, x.weight, x.targets).logps)) == sampled, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

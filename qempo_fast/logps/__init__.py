@@ -13,7 +13,7 @@ from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
 from ..reference.segments import segment_sum as _reference_segment_sum
 from . import op, triton_backend
 from .from_logits import LogpsFromLogits
-from .function import LinearLogps, shard_range
+from .function import LinearLogps, live_rows, shard_range
 from .options import DEFAULT_TAU, ENTROPY_TAU, Options, accumulator
 from .pass_cpu import CpuPass
 from .pass_torch import TorchPass
@@ -144,7 +144,7 @@ def _eager(
     first, vocabulary = shard_range(weight.shape[0], options.group, hidden.device)
     op.check_values(targets, vocabulary, inv_temperature, ignore_index)
     counted = targets != ignore_index
-    live = None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    live = live_rows(counted)
     if options.tau is not None:
         options = replace(options, seed=int(_seed()))
     logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)

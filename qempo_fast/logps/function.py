@@ -28,6 +28,16 @@ def shard_range(vocabulary: int, group: ProcessGroup | None, device: torch.devic
     return sum(counts[: dist.get_rank(group)]), sum(counts)
 
 
+def live_rows(counted: torch.Tensor) -> _Optional:
+    """Indices of the counted rows, or None where that is all of them."""
+    return None if bool(counted.all()) else counted.nonzero().squeeze(1)
+
+
+def pick(x: torch.Tensor, live: _Optional) -> torch.Tensor:
+    """The counted rows of x."""
+    return x if live is None else x[live]
+
+
 def scatter(values: torch.Tensor, live: _Optional, n: int) -> torch.Tensor:
     """Results of the counted rows to all n rows, 0 elsewhere."""
     return values if live is None else values.new_zeros(n).index_copy_(0, live, values)
@@ -63,7 +73,7 @@ def backward(
     """Gradients of hidden (n rows), weight and bias from those of all rows' logps and entropy; lse of counted rows."""
 
     def rows(g: _Optional) -> _Optional:
-        return None if g is None else (g if live is None else g[live]).to(lse.dtype).contiguous()
+        return None if g is None else pick(g, live).to(lse.dtype).contiguous()
 
     g, gh = map(rows, grads)
     row_grads = RowGrads(lse, torch.zeros_like(lse) if g is None else g, gh, None if gh is None else entropy)
@@ -93,13 +103,13 @@ class LinearLogps(torch.autograd.Function):
         options: Options,
     ) -> tuple[torch.Tensor, _Optional, _Optional]:
         n = hidden.shape[0]
-        head = head_of(hidden, weight, bias, targets - first_column, inv_temperature, live)
+        ctx.targets, ctx.inv_temperature, ctx.live = targets - first_column, inv_temperature, live
+        head = head_of(hidden, weight, bias, ctx.targets, inv_temperature, live)
         stats, kept = chunked.forward(tiles, head, options, first_column)
         if options.group is not None:
             stats = stats.merged(options.group)
         lse, entropy = stats.lse(), stats.entropy()
         ctx.save_for_backward(hidden, weight, bias, lse, entropy)
-        ctx.targets, ctx.inv_temperature, ctx.live = targets - first_column, inv_temperature, live
         ctx.kept, ctx.tiles, ctx.options = kept, tiles, options
         ctx.set_materialize_grads(False)
         outputs = [stats.target - lse, entropy, stats.log_sum_sq()]

@@ -56,15 +56,6 @@ def _kept(scales: torch.Tensor) -> list[Kept]:
     return chunks
 
 
-def _live(targets: torch.Tensor, ignore_index: int) -> _Optional:
-    counted = targets != ignore_index
-    return None if bool(counted.all()) else counted.nonzero().squeeze(1)
-
-
-def _pick(x: torch.Tensor, live: _Optional) -> torch.Tensor:
-    return x if live is None else x[live]
-
-
 @torch.library.custom_op("qempo_fast::linear_logps_fwd", mutates_args=())
 def linear_logps_fwd(
     hidden: torch.Tensor,
@@ -84,7 +75,7 @@ def linear_logps_fwd(
     """logps, entropy, sum_sq, and to keep: lse (N,), scales of the kept columns (chunks, V)."""
     n, vocabulary = hidden.shape[0], weight.shape[0]
     check_values(targets, vocabulary, inv_temperature, ignore_index)
-    live = _live(targets, ignore_index)
+    live = function.live_rows(targets != ignore_index)
     options = Options(logit_scale, softcap, entropy, sum_sq, tau, 0 if seed is None else int(seed), None)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     head = function.head_of(hidden, weight, bias, targets, inv_temperature, live)
@@ -138,14 +129,14 @@ def linear_logps_bwd(
     tau: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    live = _live(targets, ignore_index)
+    live = function.live_rows(targets != ignore_index)
     head = function.head_of(hidden, weight, bias, targets, inv_temperature, live)
     options = Options(logit_scale, softcap, grad_entropy is not None, False, tau, 0, None)
     three = function.backward(
         _backends.kernel("linear_logps", hidden.device, backend)(),
         head,
-        _pick(lse, live),
-        None if grad_entropy is None else _pick(entropy, live),
+        function.pick(lse, live),
+        None if grad_entropy is None else function.pick(entropy, live),
         live,
         [] if tau is None else _kept(scales),
         options,
