@@ -11,9 +11,12 @@ import torch
 from . import _check
 from .reference.family import AlphaBeta, optimum
 
-# How far, in nats, max_kl may lie below the smallest attainable KL before it counts as infeasible: callers
-# pass the KL of a policy they computed themselves, which rounding puts on either side of the bound.
+# How far, in nats, max_kl may lie below the smallest attainable KL, and, as a share of the largest |reward|,
+# min_reward above the best reward, before they count as infeasible: callers pass the KL and reward of a policy
+# they computed themselves, which rounding puts on either side of the bound (a sharp KL-RLHF policy over rewards
+# up to 1e4 had a mean reward 1.8e-12 above all of them).
 _KL_SLACK = 1e-10
+_REWARD_SLACK = 1e-12
 
 
 class QempoSolution(NamedTuple):
@@ -80,10 +83,10 @@ def solve_qempo(
     Derived (KKT conditions) for the problem that the abstract of 2602.15894 states. In float64 on the CPU, by
     Newton steps inside a bracket.
 
-    A min_reward equal to the largest reward has only a limit: lam = inf and all mass on the best responses,
-    uniform there, or as max_kl makes it. A max_kl equal, to 1e-10, to the smallest that min_reward leaves has
-    one feasible policy, pi_ref tilted to min_reward (or pi_ref itself): mu = inf, and lam = inf unless pi_ref
-    meets min_reward.
+    A min_reward equal, to 1e-12 of the rewards, to the largest has only a limit: lam = inf and all mass on the
+    best responses, uniform there, or as max_kl makes it. A max_kl equal, to 1e-10, to the smallest that
+    min_reward leaves has one feasible policy, pi_ref tilted to min_reward (or pi_ref itself): mu = inf, and
+    lam = inf unless pi_ref meets min_reward.
 
     Args:
         rewards: (n,) float, finite, n >= 1.
@@ -96,8 +99,9 @@ def solve_qempo(
         (lam, mu, probs): two floats, and (n,) float64 probabilities on the device of rewards.
 
     Raises:
-        TypeError, ValueError: a tensor of another type, shape or not finite; min_reward above the largest
-            reward; a max_kl that no policy with min_reward meets. The last two name the attainable bound.
+        TypeError, ValueError: a tensor of another type, shape or not finite (one problem a call: rewards are
+            1-D); min_reward above the largest reward; a max_kl that no policy with min_reward meets. The last
+            two name the attainable bound.
     """
     _check.tensor("rewards", rewards, ndim=1)
     if rewards.numel() == 0:
@@ -107,17 +111,20 @@ def solve_qempo(
     _check.number("min_reward", min_reward)
     f = None
     if max_kl is not None:
-        _check.number("max_kl", max_kl, low=0.0)
+        _check.number("max_kl", max_kl, low=-_KL_SLACK)
+        max_kl = max(max_kl, 0.0)
         if ref_logps is None:
             _check.bad_value("ref_logps", "the reference's log-probs, since max_kl is given", None)
         _check.tensor("ref_logps", ref_logps, shape=rewards.shape)
         f = torch.log_softmax(ref_logps.detach().to("cpu", torch.float64), dim=0)
         _check.finite("ref_logps", f)
-    best = float(r.max())
-    if min_reward > best:
+    best, worst = float(r.max()), float(r.min())
+    if not math.isfinite(worst - best):
+        _check.bad_value("rewards", "a spread that float64 can hold", f"rewards from {worst} to {best}")
+    if min_reward > best + _REWARD_SLACK * max(abs(best), abs(worst)):
         _check.bad_value("min_reward", f"at most {best}, the largest reward", min_reward)
     # Distances below the best reward keep their digits where min_reward is close to it.
-    gaps, floor = r - best, float(min_reward) - best
+    gaps, floor = r - best, min(float(min_reward) - best, 0.0)
     if floor == 0.0 and float(gaps.min()) < 0.0:
         top = gaps == 0.0
         _, mu, p = _solve(gaps[top], None if f is None else f[top], 0.0, max_kl)
@@ -198,13 +205,20 @@ class QualityConstraint(torch.nn.Module):
         additive:        lam <- lam + lr (R - mean r),       mu <- max(0, mu + kl_lr (KL - K))
         multiplicative:  lam <- lam exp(lr (R - mean r)),    mu <- max(0, (1 + mu) exp(kl_lr (KL - K)) - 1)
         then lam is held inside [lam_min, lam_max], mu under mu_max;  alpha = (1 + mu) / lam, beta = mu / lam
+        damping > 0:     these are the integrals, and a second step of lr * damping * (smoothed gap), taken afresh
+                         from them each time, gives lam and mu
 
     Derived: dual ascent on QEMPO's and QEMPO-KL's Lagrangian; the abstract of 2602.15894 states the
     constraints, not this rule. The multiplicative step is mirror ascent on the same dual (entropy mirror map
     in lam and in 1 + mu), with the same fixed points; it moves by a share of lam, so one lr serves whether
-    the answer is near 1 or near 100. The policy answers lam only after tens of steps, and lam winds up
-    meanwhile: start it near its answer and keep lr small (multiplicative 0.05 to 0.2, additive 0.2 to 0.5 for
-    rewards in [0, 1]), or bound it by lam_max. docs/losses.md has a measured example.
+    the answer is near 1 or near 100.
+
+    The policy answers lam only after tens of steps, and an integral winds up meanwhile: the reward overshoots
+    and entropy is lost on the way. Proportional-integral control of a multiplier (2007.03964, without its
+    derivative term) cures it: lam is high while the gap is there and falls with it. A good start for rewards in
+    [0, 1] is ``step="multiplicative", lr=0.1, kl_lr=0.02, damping=30, smoothing=0.9`` and lam at its default;
+    docs/losses.md has the measurements. Without damping start lam near its answer and keep lr small (multiplicative
+    0.05 to 0.1, additive 0.05 to 0.5). A gap in KL is often ten times one in reward: kl_lr has to be smaller.
 
     lam is the weight of reward against entropy. Below lam_min alpha would grow without bound (lam = 0 asks
     for the uniform policy), so lam stays at lam_min while the constraint is slack.
@@ -226,9 +240,13 @@ class QualityConstraint(torch.nn.Module):
         lam_max: largest lam: it bounds the wind-up where min_reward cannot be reached.
         mu_max: largest mu, the same for max_kl.
         step: "additive" or "multiplicative".
+        damping: for how many updates' worth of lr the present gap counts, >= 0. 0 is integral control alone.
+        smoothing: share of the past in the running mean of the gap that damping multiplies, in [0, 1): it
+            keeps the noise of a batch out of lam. The integral sees each gap once, unsmoothed.
 
     Attributes:
-        lam, mu: float32 scalar buffers, saved in the state_dict.
+        lam, mu: float32 scalar buffers, saved in the state_dict; so are integral and gap, (2,), where
+            damping > 0.
         alpha, beta: floats, the family's numbers for the losses.
 
     Raises:
@@ -237,6 +255,8 @@ class QualityConstraint(torch.nn.Module):
 
     lam: torch.Tensor
     mu: torch.Tensor
+    integral: torch.Tensor
+    gap: torch.Tensor
 
     def __init__(
         self,
@@ -251,6 +271,8 @@ class QualityConstraint(torch.nn.Module):
         lam_max: float = 1e4,
         mu_max: float = 1e4,
         step: str = "additive",
+        damping: float = 0.0,
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         _check.number("min_reward", min_reward)
@@ -264,18 +286,26 @@ class QualityConstraint(torch.nn.Module):
         _check.positive("mu_max", mu_max)
         _check.number("mu", mu, low=0.0, high=mu_max)
         _check.choice("step", step, ("additive", "multiplicative"))
+        _check.number("damping", damping, low=0.0)
+        _check.number("smoothing", smoothing, low=0.0, high=1.0, open_high=True)
         self.min_reward, self.max_kl = float(min_reward), max_kl
         self.lr, self.kl_lr = lr, lr if kl_lr is None else kl_lr
         self.lam_min, self.lam_max, self.mu_max, self.step = lam_min, lam_max, mu_max, step
+        self.damping, self.smoothing = float(damping), float(smoothing)
         self.register_buffer("lam", torch.tensor(float(lam), dtype=torch.float32))
         self.register_buffer("mu", torch.tensor(float(mu), dtype=torch.float32))
+        if damping:
+            self.register_buffer("integral", torch.tensor([float(lam), float(mu)], dtype=torch.float32))
+            # NaN until the first update: a running mean that started at 0 would hide the gap that is largest.
+            self.register_buffer("gap", torch.full((2,), math.nan, dtype=torch.float32))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QualityConstraint:
         # A model cast to bfloat16 casts its submodules, and lam = 20 in bfloat16 cannot move by less than
         # 0.06.
-        lam, mu = self.lam, self.mu
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        self.lam, self.mu = lam.to(self.lam.device), mu.to(self.mu.device)
+        for name, buffer in before.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
         return self
 
     @property
@@ -298,18 +328,36 @@ class QualityConstraint(torch.nn.Module):
         if (kl is None) != (self.max_kl is None):
             wanted = "None, since there is no max_kl" if self.max_kl is None else "an estimate, since max_kl is set"
             _check.bad_value("kl", wanted, "None" if kl is None else "one")
-        lam, mu = float(self.lam), float(self.mu)
-        gap = self.lr * (self.min_reward - reward)
-        lam = lam + gap if self.step == "additive" else lam * _exp(gap)
-        if self.max_kl is not None:
-            excess = self.kl_lr * (_mean("kl", kl) - self.max_kl)
-            mu = mu + excess if self.step == "additive" else (1.0 + mu) * _exp(excess) - 1.0
-        self.lam.fill_(min(max(lam, self.lam_min), self.lam_max))
-        self.mu.fill_(min(max(mu, 0.0), self.mu_max))
+        excess = None if self.max_kl is None else _mean("kl", kl) - self.max_kl
+        self._move(0, self.min_reward - reward)
+        if excess is not None:
+            self._move(1, excess)
         return self
 
+    def _move(self, which: int, gap: float) -> None:
+        """One step of lam (0) or mu (1) for a gap that is positive where its constraint is broken."""
+        buffer, lr, low, high = (
+            (self.lam, self.lr, self.lam_min, self.lam_max),
+            (self.mu, self.kl_lr, 0.0, self.mu_max),
+        )[which]
+
+        # lam itself, and 1 + mu, are what the multiplicative step scales.
+        def stepped(x: float, by: float) -> float:
+            x = x + by if self.step == "additive" else (which + x) * _exp(by) - which
+            return min(max(x, low), high)
+
+        if not self.damping:
+            buffer.fill_(stepped(float(buffer), lr * gap))
+            return
+        past = float(self.gap[which])
+        mean = gap if math.isnan(past) else self.smoothing * past + (1.0 - self.smoothing) * gap
+        integral = stepped(float(self.integral[which]), lr * gap)
+        self.gap[which], self.integral[which] = mean, integral
+        buffer.fill_(stepped(integral, lr * self.damping * mean))
+
     def extra_repr(self) -> str:
-        return f"min_reward={self.min_reward}, max_kl={self.max_kl}, lr={self.lr}, step={self.step!r}"
+        bounds = f"min_reward={self.min_reward}, max_kl={self.max_kl}"
+        return f"{bounds}, lr={self.lr}, step={self.step!r}, damping={self.damping}"
 
 
 def _mean(name: str, x: Any) -> float:

@@ -64,6 +64,12 @@ ROWS: list[Row] = [
         ValueError,
         r"max_kl: wanted at least 0\.951",
     ),
+    (
+        "solve: spread",
+        call(constraint.solve_qempo, 1e308 * torch.tensor([1.0, -1.0], dtype=torch.float64), min_reward=0.0),
+        ValueError,
+        "rewards: wanted a spread",
+    ),
     ("target: alpha 0", call(constraint.target_distribution, z(4), alpha=0.0), ValueError, "alpha: wanted"),
     (
         "target: beta alone",
@@ -89,6 +95,9 @@ ROWS: list[Row] = [
     ("constraint: lam 0", call(C, 0.5, lam=0.0), ValueError, "lam: wanted"),
     ("constraint: lam_min 0", call(C, 0.5, lam_min=0.0), ValueError, "lam_min: wanted"),
     ("constraint: step", call(C, 0.5, step="newton"), ValueError, "step: wanted 'additive'"),
+    ("constraint: damping", call(C, 0.5, damping=-1.0), ValueError, "damping: wanted"),
+    ("constraint: damping NaN", call(C, 0.5, damping=NAN), ValueError, "damping: wanted"),
+    ("constraint: smoothing 1", call(C, 0.5, smoothing=1.0), ValueError, "smoothing: wanted"),
     ("update: NaN", call(C(0.5).update, bad(0, NAN)), ValueError, "rewards: wanted finite"),
     ("update: empty", call(C(0.5).update, z(0)), ValueError, "rewards: wanted at least one"),
     ("update: no kl", call(C(0.5, max_kl=1.0).update, z(4)), ValueError, "kl: wanted an estimate"),

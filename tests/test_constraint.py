@@ -166,6 +166,54 @@ def test_scale_of_the_rewards(scale: float) -> None:
     close(solution.probs, want.probs)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_extreme_scales(scale: float, shift: float) -> None:
+    """lam scales with 1 / rewards and nothing else moves; a shift costs digits of the rewards, not of the answer."""
+    solution = solve_qempo((R + shift) * scale, F, min_reward=(0.9 + shift) * scale, max_kl=0.4)
+    want = solve_qempo(R, F, min_reward=0.9, max_kl=0.4)
+    assert solution.lam * scale == pytest.approx(want.lam, rel=1e-9)
+    assert solution.mu == pytest.approx(want.mu, rel=1e-9)
+    close(solution.probs, want.probs, 1e-10)
+
+
+@pytest.mark.parametrize("n", [2, 5, 50])
+@pytest.mark.parametrize("ties", [False, True])
+def test_bounds_taken_from_a_policy_are_feasible(n: int, ties: bool) -> None:
+    """R and K are "set to match the values achieved by the RLHF solution": a sharp one's mean reward, summed in
+    float64, may lie a rounding above every reward, and its KL a rounding under 0. Neither is infeasible.
+    """
+    rng = torch.Generator().manual_seed(n)
+    above = 0
+    for i in range(100):
+        scale = 10.0 ** (i % 17 - 8)
+        rewards = torch.randn(n, dtype=D, generator=rng)
+        rewards = (rewards.round() if ties else rewards) * scale
+        f = torch.log_softmax(3 * torch.randn(n, dtype=D, generator=rng), 0)
+        p = torch.softmax(f + rewards / (scale * 10.0 ** (i % 4 - 3)), 0)
+        floor, cap = float((p * rewards).sum()), kl(p, f)
+        above += floor > float(rewards.max())
+        for limit in (None, cap, cap + 0.1):
+            got = solve_qempo(rewards, f, min_reward=floor, max_kl=limit).probs
+            assert float((got * rewards).sum()) >= floor - 1e-9 * scale
+            assert entropy(got) >= entropy(p) - 1e-7
+            assert limit is None or kl(got, f) <= limit + 1e-8
+    assert above > 0 or not ties
+    reference = solve_qempo(R, F, min_reward=-10.0, max_kl=-1e-17)
+    close(reference.probs, F.exp())
+
+
+def test_all_rewards_equal() -> None:
+    for value in (0.0, 1e-8, -3.0, 1e8):
+        rewards = torch.full((5,), value, dtype=D)
+        assert solve_qempo(rewards, min_reward=value)[:2] == (0.0, 0.0)
+        close(solve_qempo(rewards, min_reward=value - 1.0).probs, torch.full((5,), 0.2, dtype=D), 1e-15)
+        lam, mu, probs = solve_qempo(rewards, F, min_reward=value, max_kl=0.1)
+        assert lam == 0.0
+        assert mu > 0.0
+        assert kl(probs, F) == pytest.approx(0.1, abs=1e-10)
+
+
 def test_inputs_unmodified_and_dtype() -> None:
     rewards = R.float().requires_grad_()
     probs = solve_qempo(rewards, min_reward=0.9).probs
@@ -215,6 +263,60 @@ def test_multiplicative_step() -> None:
     assert float(c.mu) > 0.0
 
 
+@pytest.mark.parametrize("step", ["additive", "multiplicative"])
+def test_damped_step_by_hand(step: str) -> None:
+    """Gaps 0.3 then 0.1: the integral takes each once, the smoothed gap acts beside it and is not kept."""
+    c = QualityConstraint(0.9, lr=0.1, lam=2.0, damping=5.0, smoothing=0.75, step=step)
+    c.update(0.6)
+    c.update(0.8)
+    integral, smooth = 0.1 * (0.3 + 0.1), 0.75 * 0.3 + 0.25 * 0.1
+    beside = 0.1 * 5.0 * smooth
+    want = 2.0 + integral + beside if step == "additive" else 2.0 * math.exp(integral + beside)
+    assert float(c.lam) == pytest.approx(want, rel=1e-6)
+    # At the floor the proportional part fades and the integral stays.
+    for _ in range(100):
+        c.update(0.9)
+    assert float(c.lam) == pytest.approx(2.0 + integral if step == "additive" else 2.0 * math.exp(integral), rel=1e-5)
+
+
+def test_damping_of_mu_and_its_bounds() -> None:
+    c = QualityConstraint(0.9, max_kl=0.5, lr=0.1, kl_lr=0.2, mu=0.3, damping=2.0, step="multiplicative")
+    c.update(0.9, kl=1.0)
+    assert float(c.mu) == pytest.approx(1.3 * math.exp(0.2 * 0.5 * 3.0) - 1.0, rel=1e-6)
+    assert float(c.lam) == pytest.approx(1.0)
+    c.update(-1e9, kl=1e9)
+    assert (float(c.lam), float(c.mu)) == (c.lam_max, c.mu_max)
+    # The integral is held inside the same bounds, so one step back is enough to leave them.
+    c.update(1e9, kl=-1e9)
+    assert float(c.lam) == pytest.approx(c.lam_min)
+    assert float(c.mu) == 0.0
+
+
+def test_a_damped_state_is_saved_and_keeps_its_dtype() -> None:
+    def new() -> QualityConstraint:
+        return QualityConstraint(0.9, max_kl=1.0, lam=20.0, damping=10.0, smoothing=0.9)
+
+    one, two = new(), new()
+    one.update(0.5, kl=1.5)
+    two.load_state_dict(one.state_dict())
+    assert sorted(one.state_dict()) == ["gap", "integral", "lam", "mu"]
+    two = torch.nn.ModuleDict({"constraint": two}).to(torch.bfloat16)["constraint"]
+    for c in (one, two):
+        c.update(0.7, kl=0.9)
+    for name, buffer in one.named_buffers():
+        assert torch.equal(buffer, getattr(two, name)), name
+        assert getattr(two, name).dtype == torch.float32
+
+
+def test_a_refused_update_changes_nothing() -> None:
+    c = QualityConstraint(0.9, max_kl=1.0, damping=10.0)
+    c.update(0.5, kl=1.5)
+    before = {k: v.clone() for k, v in c.state_dict().items()}
+    with pytest.raises(ValueError, match="kl: wanted finite"):
+        c.update(0.1, kl=torch.tensor([0.1, math.nan]))
+    assert all(torch.equal(v, before[k]) for k, v in c.state_dict().items())
+
+
 def test_state_dict_and_dtype() -> None:
     c = QualityConstraint(0.9, lam=20.0)
     c.update(0.5)
@@ -237,11 +339,11 @@ def policy_step(theta: torch.Tensor, loss: Callable[[torch.Tensor, torch.Tensor]
     theta -= lr * (per_response - per_response.sum() * logps.exp())
 
 
-@pytest.mark.parametrize("step", ["additive", "multiplicative"])
-def test_dual_ascent_reaches_the_solution(step: str) -> None:
+@pytest.mark.parametrize(("step", "damping"), [("additive", 0.0), ("multiplicative", 0.0), ("multiplicative", 30.0)])
+def test_dual_ascent_reaches_the_solution(step: str, damping: float) -> None:
     """A tabular policy trained by the public online loss, with the multipliers learnt beside it."""
     want = solve_qempo(R, F, min_reward=0.9, max_kl=0.4)
-    c = QualityConstraint(0.9, max_kl=0.4, lr=0.5, lam=1.0, step=step)
+    c = QualityConstraint(0.9, max_kl=0.4, lr=0.1 if damping else 0.5, lam=1.0, step=step, damping=damping)
     theta = F.clone()
     for _ in range(4000):
         policy_step(
