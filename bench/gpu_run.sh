@@ -19,7 +19,7 @@ PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-590} REHEARSE=${REHEARSE:-0} WHEELS=$
 VENV=$OUT/venv PY=$OUT/venv/bin/python
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONSAFEPATH=1
 # Seconds after which a part is stopped; their sum is the budget.
-declare -A LIMIT=([build]=100 [tests]=170 [sanitize]=120 [bench]=120 [profile]=30 [train]=50)
+declare -A LIMIT=([build]=90 [tests]=160 [sanitize]=110 [bench]=120 [profile]=30 [train]=80)
 ORDER=(build tests sanitize bench profile train)
 device=cuda
 [ "$REHEARSE" = 1 ] && device=cpu && export TRITON_INTERPRET=1
@@ -94,7 +94,7 @@ profile() {
 
 train() {
   local size=(); [ "$REHEARSE" = 1 ] && size=(--steps 1 --groups 1 --samples 2)
-  env -u TRITON_INTERPRET "$PY" -P "$ROOT/bench/gpu_train.py" --device "$device" "${size[@]}" --json "$OUT/results/train.json"
+  env -u TRITON_INTERPRET "$PY" -P "$ROOT/bench/gpu_train.py" --device "$device" "${size[@]}" --json "$OUT/results/train.json" --plot "$OUT/results/train.png"
 }
 
 began=$SECONDS
