@@ -1,4 +1,4 @@
-"""The hot kernels a few times at the goals' shapes: the program that Nsight Compute watches (bench/gpu_run.sh profile)."""
+"""The hot kernels a few times at the goals' shapes: what Nsight Compute watches (bench/gpu_run.sh profile)."""
 
 from __future__ import annotations
 

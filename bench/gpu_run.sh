@@ -69,6 +69,9 @@ sanitize() {
     echo "== $tool, CUDA C++ of the DPP op"
     compute-sanitizer --tool $tool --error-exitcode 9 "${run[@]}" --op dpp --backend cuda || status=1
   done
+  # RSPO exchanges ranks through memory between barriers.
+  echo "== racecheck, Triton, losses"
+  compute-sanitizer --tool racecheck --error-exitcode 9 "${run[@]}" --op losses --backend triton || status=1
   for op in dpp logps losses; do
     echo "== memcheck, Triton, $op"
     compute-sanitizer --tool memcheck --error-exitcode 9 "${run[@]}" --op $op --backend triton || status=1

@@ -152,7 +152,8 @@ def losses(device: torch.device, backend: str) -> Checks:
     strong, weak, ref_strong, ref_weak = scores(37, 2), scores(37, 5), scores(37, 2), scores(37, 5)
     yield "epa", lambda: compare(
         lambda x, y, z: (qf.epa_loss(x, y, z, *_like(x, c, ref_strong, ref_weak)),),
-        lambda x, y, z: (qf.reference.epa_loss(x, y, z, *_like(x, c, ref_strong, ref_weak)),), a, strong, weak)  # fmt: skip
+        lambda x, y, z: (qf.reference.epa_loss(x, y, z, *_like(x, c, ref_strong, ref_weak)),),
+        a, strong, weak)  # fmt: skip
     lengths, aligned = torch.arange(1, 38, device=device), scores(37, 3)
     yield "poft", lambda: compare(
         lambda x: (qf.poft_loss(x, lengths, *_like(x, aligned)),),

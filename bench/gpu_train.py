@@ -2,7 +2,7 @@
 
     python -P bench/gpu_train.py --device cuda --json train.json --plot train.png
 
-The demo's task: name a city. Each method trains twice, with this library's log-prob op and with TRL's own kernel; GRPO's
+The demo's task: name a city. Each method trains twice, with this library's log-prob op and with TRL's kernel; GRPO's
 second run is stock TRL altogether. All else is equal, so the learning curves should lie over each other while step time
 and peak memory differ. A run is one line of the table and one entry of the JSON, curves included.
 """
