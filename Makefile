@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 # Versions for a machine without a GPU. With CUDA: make setup CONSTRAINTS=
 CONSTRAINTS ?= constraints-cpu.txt
-EXTRAS ?= demo,metrics,dev
+EXTRAS ?= demo,metrics,bench,trl,peft,dev
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.qempo-setup
+INTEGRATIONS ?= .venv-integrations
 CXX_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc -type f) pyproject.toml setup.py CMakeLists.txt $(CONSTRAINTS)
 # One thread each: two workers that both start a thread per core slow each other on two cores.
@@ -16,10 +17,10 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench compile clean
+.PHONY: help setup demo test test-integrations lint format bench compile clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) CONSTRAINTS=$(CONSTRAINTS), and ARGS, as in make demo ARGS=--quick"
 
@@ -40,6 +41,19 @@ demo: setup ## post-train SmolLM2 for diversity and draw what becomes of it, int
 test: setup ## all tests
 	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) $(ARGS)
 
+# verl and OpenRLHF pin older versions of what .venv has, and need GPU packages to install whole. So they go, without
+# dependencies, into an environment of their own that sees .venv's packages, with what importing them needs.
+$(INTEGRATIONS)/.qempo-setup: tests/integrations/requirements.txt $(STAMP)
+	rm -rf $(INTEGRATIONS)
+	$(BIN)/python -m venv $(INTEGRATIONS)
+	$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+		> $$($(INTEGRATIONS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/qempo_base.pth
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps -r tests/integrations/requirements.txt
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/.qempo-setup ## tests of verl and OpenRLHF, in an environment of their own
+	$(TEST_ENV) $(INTEGRATIONS)/bin/python -P -m pytest $(ARGS) tests/integrations
+
 lint: setup ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,13 +65,14 @@ format: setup ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(CXX_FILES) | xargs -r $(BIN)/clang-format -i
 
-bench: setup ## time the ops against their peers
-	$(BIN)/qempo-fast bench $(ARGS)
+# Alone on the machine: 15 minutes on two cores. ARGS=--quick for under a minute.
+bench: setup ## time the ops against their peers, into bench/results/<device>-<date>.json
+	HF_HUB_OFFLINE=1 $(BIN)/qempo-fast bench --json bench/results $(ARGS)
 
 compile: setup ## compile every Triton kernel for GPUs that need not be here
 	$(BIN)/qempo-fast compile $(ARGS)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find qempo_fast kernels tests -name __pycache__ -prune -exec rm -rf {} +
 	rm -f qempo_fast/_C*.so

@@ -10,7 +10,8 @@
 #include "qempo/dpp.h"
 #include "qempo/logps.h"
 
-namespace qempo::cuda { void bind(pybind11::module_& m); }  // namespace qempo::cuda
+namespace qempo::cuda { void bind(pybind11::module_& m); }        // namespace qempo::cuda
+namespace qempo::cpu { void bind_losses(pybind11::module_& m); }  // namespace qempo::cpu
 
 namespace py = pybind11;
 using namespace qempo::cpu;
@@ -55,13 +56,13 @@ void forward(int dtype, Address z, int64_t ld, int64_t n, int64_t c, int64_t v0,
 
 void backward(int dtype, Address z, int64_t ld, int64_t n, int64_t c, Address bias, Address inv_temperature,
               double scale, double softcap, Address lse, Address grad, Address grad_h, Address entropy, Address inverse,
-              Address target, int threads) {
+              Address target, Address row_sum, int threads) {
   const Tile tile{at<void>(z), ld, n, c, 0};
   const LogpsKernels& kernels = logps_kernels();
   auto run = [&](auto kernel, auto zero) {
     using A = decltype(zero);
-    const RowGrads<A> rows{at<const A>(lse),     at<const A>(grad),    at<const A>(grad_h),
-                           at<const A>(entropy), at<const A>(inverse), at<const int64_t>(target)};
+    const RowGrads<A> rows{at<const A>(lse),     at<const A>(grad),         at<const A>(grad_h), at<const A>(entropy),
+                           at<const A>(inverse), at<const int64_t>(target), at<A>(row_sum)};
     kernel(tile, head_of<A>(bias, inv_temperature, scale, softcap), rows, threads);
   };
   switch (static_cast<Dtype>(dtype)) {
@@ -71,22 +72,25 @@ void backward(int dtype, Address z, int64_t ld, int64_t n, int64_t c, Address bi
   }
 }
 
-void add_rows_of(int dtype, Address out, Address index, Address rows, int64_t n, int64_t d, int threads) {
-  const auto* to = at<const int64_t>(index);
+void add_rows_of(int dtype, Address out, Address place, Address seen, Address index, Address rows, int64_t n, int64_t d,
+                 int threads) {
+  const auto* from = at<const int64_t>(index);
+  const RowSum to{at<const int64_t>(place), at<uint8_t>(seen)};
   switch (static_cast<Dtype>(dtype)) {
-    case Dtype::f32: return add_rows(at<float>(out), to, at<const float>(rows), n, d, threads);
-    case Dtype::bf16: return add_rows(at<float>(out), to, at<const uint16_t>(rows), n, d, threads);
-    case Dtype::f64: return add_rows(at<double>(out), to, at<const double>(rows), n, d, threads);
+    case Dtype::f32: return add_rows(at<float>(out), to, from, at<const float>(rows), n, d, threads);
+    case Dtype::bf16: return add_rows(at<float>(out), to, from, at<const uint16_t>(rows), n, d, threads);
+    case Dtype::f64: return add_rows(at<double>(out), to, from, at<const double>(rows), n, d, threads);
   }
 }
 
-int64_t select_kept(bool f64, Address statistic, int64_t copies, int64_t vocabulary, double tau, double entropy,
-                    Address forced, uint64_t seed, int64_t chunk, int64_t first_column, Address kept, Address inverse) {
+std::pair<int64_t, double> select_kept(bool f64, Address statistic, int64_t copies, int64_t vocabulary, double tau, double entropy,
+                    Address forced, uint64_t seed, int64_t chunk, int64_t first_column, Address kept, Address inverse,
+                    int threads) {
   if (f64)
     return select_columns(at<const double>(statistic), copies, vocabulary, tau, entropy, at<const uint8_t>(forced),
-                          seed, chunk, first_column, at<int64_t>(kept), at<double>(inverse));
+                          seed, chunk, first_column, at<int64_t>(kept), at<double>(inverse), threads);
   return select_columns(at<const float>(statistic), copies, vocabulary, tau, entropy, at<const uint8_t>(forced), seed,
-                        chunk, first_column, at<int64_t>(kept), at<float>(inverse));
+                        chunk, first_column, at<int64_t>(kept), at<float>(inverse), threads);
 }
 
 DppGroups groups_of(Address x, int64_t d, int64_t groups, int64_t k, Address offsets, Address matrices,
@@ -158,12 +162,31 @@ PYBIND11_MODULE(_C, m) {
   m.def("logps_fwd", &forward, release());
   m.def("logps_bwd", &backward, release());
   m.def("ask_huge_pages", [](Address data, int64_t bytes) { ask_huge_pages(at<void>(data), bytes); });
+  m.def(
+      "gather_rows",
+      [](Address out, Address rows, Address index, int64_t n, int64_t padded, int64_t bytes, int threads) {
+        gather_rows(at<void>(out), at<const void>(rows), at<const int64_t>(index), n, padded, bytes, threads);
+      },
+      release());
   m.def("add_rows", &add_rows_of, release());
+  m.def(
+      "zero_unseen",
+      [](Address out, Address seen, int64_t n, int64_t bytes, int threads) {
+        zero_unseen(at<void>(out), at<const uint8_t>(seen), n, bytes, threads);
+      },
+      release());
+  m.def(
+      "round_rows",
+      [](Address out, Address place, Address rows, int64_t n, int64_t d, int threads) {
+        round_rows(at<uint16_t>(out), at<const int64_t>(place), at<const float>(rows), n, d, threads);
+      },
+      release());
   m.def("logps_select", &select_kept, release());
   m.attr("dpp_largest") = kDppLargest;
   m.def("dpp_fwd", &dpp_fwd, release());
   m.def("dpp_bwd", &dpp_bwd, release());
   m.def("dpp_select", &dpp_select, release());
+  bind_losses(m);
 #ifdef QEMPO_HAS_CUDA
   qempo::cuda::bind(m);
 #endif

@@ -79,8 +79,8 @@ def select_columns(
     mean_entropy: float | None,
     seed: int,
     first_column: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns kept by one row chunk, ascending, and 1 / their keep probabilities.
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Columns kept by one row chunk, ascending, 1 / their keep probabilities, and how many were to be expected.
 
     One host synchronisation: the number of kept columns is the width of the next GEMM.
 
@@ -93,7 +93,7 @@ def select_columns(
         first_column: number of column 0 in the whole vocabulary.
 
     Returns:
-        (kept,) int64 and (kept,) in the dtype of columns.
+        (kept,) int64, (kept,) in the dtype of columns, and the sum of all keep probabilities.
     """
     parts, vocabulary = columns.shape
     keep = torch.empty(vocabulary, dtype=torch.int32, device=columns.device)
@@ -109,8 +109,9 @@ def select_columns(
         )
         end = keep.cumsum(0)
         _logps_compact_kernel[grid](keep, end, inverse, index, kept_inverse, vocabulary, BLOCK=_BLOCK)
-    count = int(end[-1])
-    return index[:count], kept_inverse[:count]
+    kept, expected = torch.stack([end[-1].double(), inverse.double().reciprocal().sum()]).tolist()
+    count = int(kept)
+    return index[:count], kept_inverse[:count], expected
 
 
 COMPILE = [

@@ -3,8 +3,18 @@
 from . import metrics, reference
 from ._backends import backends
 from .constraint import QempoSolution, QualityConstraint, solve_qempo, target_distribution
+from .distributed import GatheredGroups, gather_groups
 from .dpp import DppGains, dpp_gains, dpp_logdet, dpp_select
-from .logps import SequenceLogps, TokenLogps, linear_logps, logps_from_logits, segment_sum, sequence_logps
+from .logps import (
+    LogpsStats,
+    SequenceLogps,
+    TokenLogps,
+    last_stats,
+    linear_logps,
+    logps_from_logits,
+    segment_sum,
+    sequence_logps,
+)
 from .losses import (
     coefficients,
     dpo_loss,
@@ -29,6 +39,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DppGains",
+    "GatheredGroups",
+    "LogpsStats",
     "QempoSolution",
     "QualityConstraint",
     "SequenceLogps",
@@ -41,10 +53,12 @@ __all__ = [
     "dpp_select",
     "dqo_loss",
     "epa_loss",
+    "gather_groups",
     "group_advantages",
     "grpo_loss",
     "gvpo_loss",
     "hdpo_loss",
+    "last_stats",
     "linear_logps",
     "logps_from_logits",
     "metrics",

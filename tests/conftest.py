@@ -17,6 +17,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Test files import it and name it as a plugin; pytest wants to hear of it before the first does.
+pytest.register_assert_rewrite("tiny_demo")
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels are tested: the GPU where there is one, else CPU tensors under Triton's interpreter."""

@@ -14,9 +14,11 @@ import torch._inductor.config
 import torch.distributed as dist
 
 import qempo_fast as qf
+from qempo_fast.logps.op import chunk_rows
 
 Tensors = tuple[torch.Tensor, ...]
 DPP, LINEAR = torch.ops.qempo_fast.dpp_fwd, torch.ops.qempo_fast.linear_logps_fwd
+ROWS = chunk_rows(torch.device("cpu"), "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +192,7 @@ class Op:
 def linear(dtype: torch.dtype, tau: float | None, entropy: bool) -> Op:
     h, w, b = (draw(*s, dtype=dtype).requires_grad_() for s in ((9, 4), (31, 4), (31,)))
     seed = None if tau is None else torch.tensor(7)
-    return Op(LINEAR, (h, w, b, tokens(9, 31), None, seed, -100, 1.0, None, entropy, entropy, tau, "cpu"))
+    return Op(LINEAR, (h, w, b, tokens(9, 31), None, seed, -100, 1.0, None, entropy, entropy, tau, ROWS, "cpu"))
 
 
 def grad(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -18,7 +18,18 @@ from qempo_fast.reference import dqo, family, losses
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
 REFERENCE = SimpleNamespace(**{**vars(family), **vars(losses), "dqo_loss": dqo.dqo_loss})
-APIS = pytest.mark.parametrize("api", [REFERENCE, public], ids=["reference", "public"])
+APIS = pytest.mark.parametrize(
+    "api", [REFERENCE, "reference", "cpu"], indirect=True, ids=["reference", "public", "public, cpu"]
+)
+
+
+@pytest.fixture
+def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The reference functions, or the public ones on the backend of that name."""
+    if not isinstance(request.param, str):
+        return request.param
+    monkeypatch.setenv("QEMPO_BACKEND", request.param)
+    return public
 
 
 def t(x: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -190,6 +191,115 @@ def test_sampled_is_unbiased(backend: str, head: str, entropy: bool) -> None:
         assert 0.4 < ratio < 1.8, f"{name}: squared error over squared standard error {ratio:.2f}"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unbiased_where_the_number_kept_straddles_break_even(backend: str) -> None:
+    x = make(Case("", 24, 5, 37, spread=1.5), torch.float64)
+    exact = run(qf.linear_logps, x, torch.float64, grad="exact", backend=backend)
+    taus = torch.linspace(0.15, 0.4, 11).tolist()
+    kept = [[run_kept(x, tau, backend) for _ in range(20)] for tau in taus]
+    # Some tau has to put the number of columns on either side of break-even by luck, or this tests nothing.
+    tau = next(t for t, k in zip(taus, kept, strict=True) if min(k) < 0.8 * 37 < max(k) < 37)
+    mean, error = sampled_mean(x, 400, tau=tau, backend=backend)
+    for name, value in mean.items():
+        ratio = ((value - exact[name]).square().sum() / error[name]).item()
+        assert ratio < 2.0, f"{name}: squared error over squared standard error {ratio:.2f}"
+
+
+def run_kept(x: Inputs, tau: float, backend: str) -> int:
+    """Columns kept by one draw."""
+    run(qf.linear_logps, x, torch.float64, grad="sampled", tau=tau, backend=backend)
+    stats = qf.last_stats()
+    assert stats is not None
+    return stats.kept_columns[0]
+
+
+def test_last_stats() -> None:
+    x = peaked(n=600, v=3000)
+    counted = int((x.targets != -100).sum())
+    logps = qf.linear_logps(x.hidden.requires_grad_(), x.weight, x.targets, grad="sampled", tau=0.1).logps
+    stats = qf.last_stats()
+    assert stats is not None
+    kept = kept_columns(logps)
+    assert (stats.backend, stats.rows, stats.vocabulary, stats.tau) == ("cpu", counted, 3000, 0.1)
+    assert len(kept) == -(-counted // stats.chunk_rows) > 1
+    assert stats.kept_columns == tuple(len(k.columns) for k in kept)
+    assert stats.exact_chunks == 0
+    assert stats.kept_share == pytest.approx(sum(stats.kept_columns) / len(kept) / 3000)
+    assert 0 < min(stats.kept_shares) <= max(stats.kept_shares) < 0.8
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, ()))
+    torch.manual_seed(5)
+    compiled = torch.compile(qf.linear_logps, backend="aot_eager", fullgraph=True)
+    compiled(x.hidden, x.weight, x.targets, grad="sampled", tau=1e-9)
+    flat = qf.last_stats()
+    assert flat is not None
+    assert flat.seed == seed
+    assert flat.exact_chunks == len(flat.kept_columns) == len(kept)
+    assert flat.kept_share == 1
+    qf.linear_logps(x.hidden, x.weight, x.targets, backend="reference")
+    exact = qf.last_stats()
+    assert exact is not None
+    assert (exact.backend, exact.tau, exact.seed, exact.kept_columns, exact.kept_share) == (
+        "reference",
+        None,
+        None,
+        (),
+        1,
+    )
+
+
+def test_last_stats_belong_to_the_thread() -> None:
+    qf.linear_logps(torch.randn(3, 2), torch.randn(5, 2), torch.arange(3))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(qf.last_stats()))
+    thread.start()
+    thread.join()
+    assert found == [None]
+    assert qf.last_stats() is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kept_logits_give_the_recomputed_gradient(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = make(replace(CASES[2], n=2100, v=4099), dtype)
+    x.grads[0][500:540] = x.grads[1][500:540] = 0  # rows that the backward leaves out
+    again = run(qf.linear_logps, x, dtype, grad="exact", backend=backend)
+    size = 1680 * 4099 * dtype.itemsize / 2**20  # four rows in five are counted
+    for budget, wanted in ((size + 0.01, True), (size - 0.01, False)):
+        monkeypatch.setenv("QEMPO_KEEP_LOGITS", str(budget))
+        kept = run(qf.linear_logps, x, dtype, grad="exact", backend=backend)
+        stats = qf.last_stats()
+        assert stats is not None
+        assert stats.kept_logits == wanted
+        assert all(torch.equal(kept[k], again[k]) for k in again)
+
+
+def test_kept_logits_serve_one_backward_and_then_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEMPO_KEEP_LOGITS", "1")
+    hidden, weight = torch.randn(30, 4, requires_grad=True), torch.randn(70, 4, requires_grad=True)
+    logps = qf.linear_logps(hidden, weight, torch.arange(30)).logps
+    stats = qf.last_stats()
+    assert stats is not None
+    assert stats.kept_logits
+    first = torch.autograd.grad(logps.sum(), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(logps.sum(), (hidden, weight))
+    assert all(map(torch.equal, first, second))
+    with torch.no_grad():
+        qf.linear_logps(hidden, weight, torch.arange(30))
+    stats = qf.last_stats()
+    assert stats is not None
+    assert not stats.kept_logits
+
+
+@pytest.mark.parametrize("value", ["-1", "many", "nan", "inf"])
+def test_bad_logits_budget(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEMPO_KEEP_LOGITS", value)
+    with pytest.raises(ValueError, match="QEMPO_KEEP_LOGITS: wanted MiB"):
+        qf.linear_logps(torch.randn(3, 2, requires_grad=True), torch.randn(5, 2), torch.arange(3))
+
+
 def kept_columns(logps: torch.Tensor) -> list[Any]:
     """What each row chunk kept, from the op's node of the graph; empty where the gradient is exact."""
     node: Any = logps.grad_fn
@@ -325,7 +435,7 @@ def test_only_the_gradients_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_frozen_head_costs_no_weight_gradient() -> None:
-    from qempo_fast.logps import chunked
+    from qempo_fast.logps import backward, chunked
 
     shapes = []
     original = chunked.linear
@@ -336,7 +446,8 @@ def test_a_frozen_head_costs_no_weight_gradient() -> None:
 
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "linear", spy)
+        for module in (chunked, backward):
+            patch.setattr(module, "linear", spy)
         qf.linear_logps(hidden, weight, torch.arange(5)).logps.sum().backward()
     # logits forward, logits again, dHidden; no (V, D) product
     assert shapes == [(5, 11), (5, 11), (5, 4)]

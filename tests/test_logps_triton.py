@@ -156,13 +156,15 @@ def kept(bounds: torch.Tensor, tau: float, seed: int, **more: Any) -> tuple[torc
     """(V,) keep flags and 1 / q of the kept columns, 0 elsewhere."""
     forced = more.pop("forced", torch.zeros(bounds.shape[-1], dtype=torch.uint8, device=bounds.device))
     arguments = {"mean_entropy": None, "first_column": 0} | more
-    index, inverse = select_columns(bounds.reshape(-1, bounds.shape[-1]), forced, tau, seed=seed, **arguments)
+    index, inverse, expected = select_columns(bounds.reshape(-1, bounds.shape[-1]), forced, tau, seed=seed, **arguments)
     assert index.dtype == torch.int64
     assert (index[1:] > index[:-1]).all()
     full = torch.zeros(bounds.shape[-1], dtype=bounds.dtype, device=bounds.device)
     full[index] = inverse
     flags = torch.zeros_like(full, dtype=torch.bool)
     flags[index] = True
+    # Five standard deviations of a sum of independent draws, each of variance under 1/4.
+    assert abs(expected - len(index)) <= 2.5 * len(flags) ** 0.5
     return flags, full
 
 

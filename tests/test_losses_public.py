@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import qempo_fast.losses as qf
+from qempo_fast import _backends
 
 D = torch.float64
 B, S, K, N = 6, 12, 4, 20
@@ -43,6 +45,11 @@ def data(dtype: torch.dtype = D) -> dict[str, torch.Tensor]:
         "adv": draw(4),
     }
     return tensors | {"lengths": torch.tensor([3, 9, 1, 4, 7, 2]), "aligned": draw(B, 2, shift=-2)}
+
+
+@pytest.fixture(params=["reference", "cpu"], autouse=True)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEMPO_BACKEND", request.param)
 
 
 Call = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -384,8 +391,17 @@ def test_coefficients_in_inference_mode() -> None:
 
 
 def test_backend_registration() -> None:
-    from qempo_fast import _backends
-
     ops = ("pair_loss", "group_loss", "variance_loss", "epa_loss", "poft_loss", "rspo_loss", "token_loss")
-    for op in ops:
-        assert _backends.choose(op, torch.device("cpu"), "reference") == "reference"
+    for op in (*ops, "group_advantages"):
+        for backend in ("reference", "cpu"):
+            assert _backends.choose(op, torch.device("cpu"), backend) == backend
+        assert _backends.default(op, torch.device("cpu"))[0] == os.environ["QEMPO_BACKEND"]
+
+
+def test_the_default_backend_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("QEMPO_BACKEND")
+    assert _backends.default("pair_loss", cpu)[0] == "cpu"
+    monkeypatch.setenv("QEMPO_BACKEND", "pair_loss=reference")
+    assert _backends.default("pair_loss", cpu)[0] == "reference"
+    assert _backends.default("group_loss", cpu)[0] == "cpu"

@@ -121,7 +121,7 @@ def test_dqo(k: int, beta: float, baseline: str) -> None:
 
 @pytest.mark.parametrize(("k", "share"), [(2, 0.24), (3, 0.52), (4, 0.54)])
 def test_dqo_loo_saves_variance(k: int, share: float) -> None:
-    """The shares that docs/losses.md quotes; rewards of zero leave the gains alone."""
+    """The shares that docs/losses/dqo.md quotes; rewards of zero leave the gains alone."""
     zero = torch.zeros(3, dtype=D)
     raw, loo = (moments(dqo(k, b, rewards=zero), k)[1] for b in ("none", "loo"))
     assert float(loo / raw) == pytest.approx(share, abs=0.005)

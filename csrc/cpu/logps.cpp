@@ -185,6 +185,12 @@ void backward(const Tile& tile, const Head<A>& head, const RowGrads<A>& grads, i
 #pragma omp simd
         for (int64_t j = 0; j < tile.c; ++j) store(row + j, d[j]);
       }
+      if (grads.row_sum) {
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < tile.c; ++j) sum += load<A>(row + j);
+        grads.row_sum[i] = sum;
+      }
     }
   };
   parallel(threads, tile.n, rows);

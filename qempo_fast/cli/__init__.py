@@ -1,4 +1,4 @@
-"""Command line: qempo-fast info | demo | bench | compile."""
+"""Command line: qempo-fast info | demo | reproduce | bench | compile."""
 
 from __future__ import annotations
 
@@ -49,9 +49,54 @@ def demo(
 
 
 @app.command()
-def bench() -> None:
-    """Time the ops against their peers."""
-    fail("qempo-fast bench is not there yet: this version has no benchmark suite")
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="Which one; --list names them.")] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="Name every reproduction and its claim.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps, seeds and answers, two to three minutes.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
+) -> None:
+    """Reproduce one paper's claim on a small language model, and say whether its direction was seen."""
+    from qempo_fast.reproduce import listing
+    from qempo_fast.reproduce import main as run_one
+
+    if list_them:
+        Console().print(listing())
+    elif name is None:
+        fail("name: wanted one of the names that qempo-fast reproduce --list prints, got none")
+    else:
+        raise typer.Exit(run_one(name, quick=quick, seeds=seeds, out=json))
+
+
+@app.command()
+def bench(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
+    case: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+    provider: Annotated[list[str] | None, typer.Option(help="Only this provider; may be repeated.")] = None,
+    group: Annotated[list[str] | None, typer.Option("--set", help="Only this set of cases; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One or two cases an op, under a minute.")] = False,
+    compare: Annotated[Path | None, typer.Option(help="Exit with 1 where a ratio fell against these results.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, max=1.0, help="How far a ratio may fall, as a share.")] = 0.2,
+    json: Annotated[Path | None, typer.Option(help="Write every row here; a folder gets <device>-<date>.json.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of threads; may be repeated.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns that each provider takes.")] = None,
+) -> None:
+    """Time the ops against their peers, each result checked first. Needs the source tree."""
+    from .bench import folder, run
+
+    where = folder()
+    if where is None:
+        fail("the benchmark suite is in the source tree, not in the wheel: clone it and run this command from there")
+    if device not in ("cpu", "cuda"):
+        fail(f"device: wanted cpu or cuda, got {device!r}")
+    status = run(
+        where, ops=op or (), case=case, providers=provider or (), sets=group or (), quick=quick, compare=compare,
+        tolerance=tolerance, json=json, device=device, threads=threads or (), rounds=rounds,
+    )  # fmt: skip
+    raise typer.Exit(status)
 
 
 @app.command(name="compile")

@@ -27,6 +27,7 @@ _VARIABLES = {
     "QEMPO_BACKEND": "backend of every op, or op=backend,...",
     "QEMPO_CPU_ISA": "lowers the instruction set of the native CPU code",
     "QEMPO_CHECK": "1 checks values on a GPU too, at the price of a synchronisation",
+    "QEMPO_KEEP_LOGITS": "MiB of logits that an exact linear_logps may keep for its backward",
     "QEMPO_AUTOTUNE": "1 searches launch sizes and prints the row to commit",
     "TRITON_INTERPRET": "1 runs Triton kernels in the interpreter",
     "OMP_NUM_THREADS": "threads of torch and of the native CPU code",

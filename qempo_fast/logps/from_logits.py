@@ -55,7 +55,7 @@ def backward(
     out = z.clone(memory_format=torch.contiguous_format)
     if len(out):
         options = _PLAIN if h is None else _WITH_ENTROPY
-        tiles.backward(out, None, inv_temperature, lse, g, gh, None if gh is None else h, None, targets, options)
+        tiles.backward(out, None, inv_temperature, lse, g, gh, None if gh is None else h, None, targets, None, options)
         # An ignored row may hold anything, NaN too, and 0 * NaN is NaN.
         out[~counted] = 0
     return out

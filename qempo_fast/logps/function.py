@@ -7,25 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from . import chunked
-from .chunked import HeadTensors, Kept, RowGrads
+from .backward import RowGrads
+from .backward import backward as chunked_backward
+from .chunked import HeadTensors, Kept, Logits
 from .options import Options, accumulator
 from .tile_pass import TilePass
 
 _Optional = torch.Tensor | None
-
-
-def shard_range(vocabulary: int, group: ProcessGroup | None, device: torch.device) -> tuple[int, int]:
-    """(first column of this rank, columns of all ranks); shards lie in rank order and may be uneven."""
-    if group is None:
-        return 0, vocabulary
-    mine = torch.tensor([vocabulary], dtype=torch.int64, device=device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    counts = [int(s) for s in sizes]
-    return sum(counts[: dist.get_rank(group)]), sum(counts)
 
 
 def live_rows(counted: torch.Tensor) -> _Optional:
@@ -69,6 +59,7 @@ def backward(
     grads: tuple[_Optional, _Optional],
     needs: tuple[bool, bool, bool],
     n: int,
+    logits: Logits | None = None,
 ) -> tuple[_Optional, _Optional, _Optional]:
     """Gradients of hidden (n rows), weight and bias from those of all rows' logps and entropy; lse of counted rows."""
 
@@ -77,7 +68,7 @@ def backward(
 
     g, gh = map(rows, grads)
     row_grads = RowGrads(lse, torch.zeros_like(lse) if g is None else g, gh, None if gh is None else entropy)
-    dh, dw, db = chunked.backward(tiles, head, row_grads, kept, options, needs)
+    dh, dw, db = chunked_backward(tiles, head, row_grads, kept, options, needs, logits)
     if dh is not None and options.group is not None:
         # Each shard holds its columns' part of the sum.
         dist.all_reduce(dh, group=options.group)
@@ -105,12 +96,13 @@ class LinearLogps(torch.autograd.Function):
         n = hidden.shape[0]
         ctx.targets, ctx.inv_temperature, ctx.live = targets - first_column, inv_temperature, live
         head = head_of(hidden, weight, bias, ctx.targets, inv_temperature, live)
-        stats, kept = chunked.forward(tiles, head, options, first_column)
+        logits: Logits | None = {} if options.keep_logits else None
+        stats, kept = chunked.forward(tiles, head, options, first_column, logits)
         if options.group is not None:
             stats = stats.merged(options.group)
         lse, entropy = stats.lse(), stats.entropy()
         ctx.save_for_backward(hidden, weight, bias, lse, entropy)
-        ctx.kept, ctx.tiles, ctx.options = kept, tiles, options
+        ctx.kept, ctx.tiles, ctx.options, ctx.logits = kept, tiles, options, logits
         ctx.set_materialize_grads(False)
         outputs = [stats.target - lse, entropy, stats.log_sum_sq()]
         full = [None if x is None else scatter(x, live, n) for x in outputs]
@@ -128,5 +120,6 @@ class LinearLogps(torch.autograd.Function):
             *(ctx.tiles, head, lse, entropy, ctx.live, ctx.kept, ctx.options, grads),
             needs,  # type: ignore[arg-type]
             hidden.shape[0],
+            ctx.logits,
         )
         return (*three, None, None, None, None, None, None)

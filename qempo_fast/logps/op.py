@@ -12,7 +12,7 @@ import torch
 
 from .. import _backends, _check
 from . import chunked, from_logits, function
-from .chunked import BREAK_EVEN, Kept
+from .chunked import Kept
 from .options import Options, accumulator
 
 _Optional = torch.Tensor | None
@@ -47,13 +47,22 @@ def _scales(kept: list[Kept], rows: int, like: torch.Tensor, vocabulary: int) ->
 
 
 def _kept(scales: torch.Tensor) -> list[Kept]:
-    """What _scales was made of; a chunk that kept no more than BREAK_EVEN of the columns never has all of them."""
+    """What _scales was made of: all ones for a chunk that kept every column."""
     chunks = []
     for scale in scales:
         columns = scale.nonzero().squeeze(1)
-        every = len(columns) > BREAK_EVEN * len(scale)
+        every = bool((scale == 1).all())
         chunks.append(Kept(None, None) if every else Kept(columns, scale[columns]))
     return chunks
+
+
+def chunk_rows(device: torch.device, backend: str) -> int:
+    """Rows that choose their columns together."""
+    return _backends.kernel("linear_logps", device, backend)().sizes(True).chunk
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports Dynamo, and Triton with it.
+chunk_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("qempo_fast::linear_logps_fwd", mutates_args=())
@@ -70,9 +79,14 @@ def linear_logps_fwd(
     entropy: bool,
     sum_sq: bool,
     tau: float | None,
+    chunk: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logps, entropy, sum_sq, and to keep: lse (N,), scales of the kept columns (chunks, V)."""
+    """logps, entropy, sum_sq, and to keep: lse (N,), scales of the kept columns (chunks, V).
+
+    chunk is chunk_rows(...). As an argument it is part of what torch's cache on disk knows a graph by: read here, a
+    graph compiled by a version with other chunks failed at run time, "expected size 3 == 2".
+    """
     n, vocabulary = hidden.shape[0], weight.shape[0]
     check_values(targets, vocabulary, inv_temperature, ignore_index)
     live = function.live_rows(targets != ignore_index)
@@ -83,7 +97,7 @@ def linear_logps_fwd(
     lse = stats.lse()
     outputs = (stats.target - lse, stats.entropy(), stats.log_sum_sq(), lse)
     full = [lse.new_empty(0) if x is None else function.scatter(x, live, n) for x in outputs]
-    rows = 0 if tau is None else -(-n // tiles.sizes(True).rows)
+    rows = 0 if tau is None else -(-n // chunk)
     return full[0], full[1], full[2], full[3], _scales(kept, rows, lse, vocabulary if rows else 0)
 
 
@@ -101,11 +115,11 @@ def _(
     entropy: bool,
     sum_sq: bool,
     tau: Any,
+    chunk: int,
     backend: str,
 ) -> Any:
     n, acc = hidden.shape[0], accumulator(hidden.dtype)
-    tiles = _backends.kernel("linear_logps", hidden.device, backend)()
-    kept = (0, 0) if tau is None else (-(-n // tiles.sizes(True).rows), weight.shape[0])
+    kept = (0, 0) if tau is None else (-(-n // chunk), weight.shape[0])
     shapes = ((n,), (n if entropy else 0,), (n if sum_sq else 0,), (n,), kept)
     return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
 
@@ -157,7 +171,8 @@ def _(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    hidden, weight, bias, targets, inv_temperature, _, ignore_index, scale, softcap, entropy, _, tau, backend = inputs
+    hidden, weight, bias, targets, inv_temperature, _, ignore_index, scale, softcap, entropy, *rest = inputs
+    _, tau, _, backend = rest
     _, h, sum_sq, lse, scales = output
     ctx.save_for_backward(hidden, weight, bias, targets, inv_temperature, lse, h, scales)
     ctx.entropy, ctx.settings = entropy, (ignore_index, scale, softcap, tau, backend)
@@ -167,7 +182,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _linear_backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
     three = linear_logps_bwd(grad, grad_entropy if ctx.entropy else None, *ctx.saved_tensors, needs, *ctx.settings)
-    return (*(g if need else None for g, need in zip(three, needs, strict=True)), *[None] * 10)
+    return (*(g if need else None for g, need in zip(three, needs, strict=True)), *[None] * 11)
 
 
 linear_logps_fwd.register_autograd(_linear_backward, setup_context=_linear_setup)

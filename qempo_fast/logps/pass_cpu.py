@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .. import _C
 from .options import Options, TileSizes
+from .row_sum import RowSum
 from .stats import RowStats
 from .tile_pass import TilePass
 
+# Sampling: few rows to a column choice, and kept tiles of 2048 that stay in the last cache (docs/linear_logps.md has
+# the shares and errors). Exact: at 2048 rows and more the bfloat16 GEMMs ran at half their rate. 512 x 8192 is 16 MiB.
+SAMPLED, EXACT = TileSizes(512, 8192, 256, 2048), TileSizes(1024, 2048)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
@@ -16,24 +22,63 @@ def _ptr(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Not yet written, in huge pages where the system gives them."""
+    out = torch.empty(shape, dtype=dtype)
+    _C.ask_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+class _CpuRowSum(RowSum):
+    """Rows are stored at their first touch and the rest zeroed at the end: one pass over the result, not two."""
+
+    seen: torch.Tensor | None = None
+
+    def _buffer(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, whole: bool) -> torch.Tensor:
+        out = _huge(shape, dtype)
+        if whole:
+            return out.zero_()
+        self.seen = torch.zeros(shape[0], dtype=torch.uint8)
+        return out
+
+    def _add(self, at: torch.Tensor, rows: torch.Tensor) -> None:
+        rows = rows.float() if rows.dtype == torch.float16 else rows.contiguous()
+        addresses = [_ptr(x) for x in (self.sum, self.place, self.seen, at, rows)]
+        _C.add_rows(_DTYPES[rows.dtype], *addresses, *rows.shape, torch.get_num_threads())
+
+    def finish(self) -> torch.Tensor:
+        threads = torch.get_num_threads()
+        if self.seen is None or (self.place is not None and self.dtype != torch.bfloat16):
+            return super().finish()
+        if self.place is None:
+            _C.zero_unseen(
+                *(self.sum.data_ptr(), self.seen.data_ptr()),
+                *(len(self.sum), self.sum.shape[1] * self.sum.element_size(), threads),
+            )
+            return self.sum
+        out = _huge(self.shape, self.dtype)
+        _C.round_rows(out.data_ptr(), self.place.data_ptr(), self.sum.data_ptr(), *self.shape, threads)
+        return out
+
+
 class CpuPass(TilePass):
     """forward/backward/select of one call; float16 tiles, which _C lacks, are widened to float32."""
 
+    name = "cpu"
+
     def sizes(self, sampled: bool) -> TileSizes:
-        # 16 MiB of float32 either way. Sampling wants few rows per column choice (kept share .074/.104/.139 at
-        # 256/512/1024 rows); the exact backward wants many rows per pass over dW.
-        return TileSizes(512, 8192) if sampled else TileSizes(2048, 2048)
+        return SAMPLED if sampled else EXACT
 
-    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        out = torch.empty(shape, dtype=dtype, device=device)
-        _C.ask_huge_pages(out.data_ptr(), out.nbytes)
-        return out.zero_()
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return _huge(shape, dtype)
 
-    def add_rows(self, out: torch.Tensor, at: torch.Tensor, rows: torch.Tensor) -> None:
-        rows = rows.float() if rows.dtype == torch.float16 else rows.contiguous()
-        _C.add_rows(
-            _DTYPES[rows.dtype], out.data_ptr(), at.data_ptr(), rows.data_ptr(), *rows.shape, torch.get_num_threads()
-        )
+    def gather(self, weight: torch.Tensor, at: torch.Tensor, out: torch.Tensor) -> None:
+        row = weight.shape[1] * weight.element_size()
+        addresses = (out.data_ptr(), weight.data_ptr(), at.data_ptr())
+        _C.gather_rows(*addresses, len(at), len(out), row, torch.get_num_threads())
+
+    def row_sum(self, weight: torch.Tensor, columns: Sequence[torch.Tensor | None]) -> RowSum:
+        return _CpuRowSum(weight, columns)
 
     def new_columns(self, vocabulary: int, like: RowStats) -> torch.Tensor:
         return like.max.new_full((torch.get_num_threads(), vocabulary), -torch.inf)
@@ -83,11 +128,13 @@ class CpuPass(TilePass):
         entropy: torch.Tensor | None,
         inverse: torch.Tensor | None,
         target: torch.Tensor,
+        row_sum: torch.Tensor | None,
         options: Options,
     ) -> None:
         if z.dtype == torch.float16:
             wide = z.float()
-            self.backward(wide, bias, inv_temperature, lse, grad, grad_entropy, entropy, inverse, target, options)
+            grads = (lse, grad, grad_entropy, entropy, inverse, target, row_sum)
+            self.backward(wide, bias, inv_temperature, *grads, options)
             z.copy_(wide)
             return
         n, c = z.shape
@@ -107,6 +154,7 @@ class CpuPass(TilePass):
             _ptr(entropy),
             _ptr(inverse),
             target.data_ptr(),
+            _ptr(row_sum),
             torch.get_num_threads(),
         )
 
@@ -119,11 +167,11 @@ class CpuPass(TilePass):
         seed: int,
         chunk: int,
         first_column: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
         vocabulary = columns.shape[1]
         kept = torch.empty(vocabulary, dtype=torch.int64)
         inverse = columns.new_empty(vocabulary)
-        count = _C.logps_select(
+        count, expected = _C.logps_select(
             columns.dtype == torch.float64,
             columns.data_ptr(),
             columns.shape[0],
@@ -136,5 +184,6 @@ class CpuPass(TilePass):
             first_column,
             kept.data_ptr(),
             inverse.data_ptr(),
+            torch.get_num_threads(),
         )
-        return kept[:count].clone(), inverse[:count].clone()
+        return kept[:count].clone(), inverse[:count].clone(), expected

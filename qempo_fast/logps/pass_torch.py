@@ -27,6 +27,8 @@ def _weighted(e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 class TorchPass(TilePass):
     """Same contract as CpuPass; see there."""
 
+    name = "reference"
+
     def sizes(self, sampled: bool) -> TileSizes:
         return TileSizes(512, 8192) if sampled else TileSizes(2048, 16384)
 
@@ -77,6 +79,7 @@ class TorchPass(TilePass):
         entropy: torch.Tensor | None,
         inverse: torch.Tensor | None,
         target: torch.Tensor,
+        row_sum: torch.Tensor | None,
         options: Options,
     ) -> None:
         x = _finish(z, bias, inv_temperature, options)
@@ -101,6 +104,8 @@ class TorchPass(TilePass):
             d = d * (1 - tanh * tanh)
         d = d * options.logit_scale
         z.copy_(d if inv_temperature is None else d * inv_temperature.unsqueeze(-1))
+        if row_sum is not None:
+            torch.sum(z, 1, dtype=row_sum.dtype, out=row_sum)
 
     def select(
         self,
@@ -111,7 +116,7 @@ class TorchPass(TilePass):
         seed: int,
         chunk: int,
         first_column: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
         u = columns.exp()
         if mean_entropy is not None:
             u = u.clamp(max=1.0)
@@ -120,4 +125,4 @@ class TorchPass(TilePass):
         generator = torch.Generator(columns.device).manual_seed(hash((seed, chunk, first_column)) % 2**63)
         uniform = torch.rand(q.shape, generator=generator, device=q.device, dtype=torch.float64)
         kept = ((q >= 1) | (uniform < q)).nonzero().squeeze(1)
-        return kept, q[kept].reciprocal()
+        return kept, q[kept].reciprocal(), float(q.sum())

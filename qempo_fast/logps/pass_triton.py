@@ -36,6 +36,8 @@ def _vectors(stats: RowStats) -> list[torch.Tensor | None]:
 class TritonPass(TilePass):
     """Same contract as CpuPass; on a GPU, or on CPU tensors in Triton's interpreter."""
 
+    name = "triton"
+
     def sizes(self, sampled: bool) -> TileSizes:
         # Of the current device: the GPUs of one process are of one kind.
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,12 +97,15 @@ class TritonPass(TilePass):
         entropy: torch.Tensor | None,
         inverse: torch.Tensor | None,
         target: torch.Tensor,
+        row_sum: torch.Tensor | None,
         options: Options,
     ) -> None:
         tile_bwd(
             *(z, bias, inv_temperature, lse, grad, grad_entropy, entropy, inverse, target),
             *(options.logit_scale, options.softcap),
         )
+        if row_sum is not None:
+            torch.sum(z, 1, dtype=row_sum.dtype, out=row_sum)
 
     def select(
         self,
@@ -111,5 +116,5 @@ class TritonPass(TilePass):
         seed: int,
         chunk: int,
         first_column: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
         return select_columns(columns, forced, tau, mean_entropy, hash((seed, chunk)) % 2**62, first_column)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .options import TileSizes
+from .row_sum import RowSum
 from .stats import RowStats
 
 
 class TilePass(ABC):
-    """The signatures are those of CpuPass; zeros and add_rows have plain torch forms here."""
+    """The signatures are those of CpuPass; what moves rows about has its plain torch form here."""
+
+    name: str  # of the backend
 
     @abstractmethod
     def sizes(self, sampled: bool) -> TileSizes:
@@ -31,16 +35,21 @@ class TilePass(ABC):
         """Overwrite a tile of raw logits with the gradient with respect to them."""
 
     @abstractmethod
-    def select(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kept columns of one row chunk and 1 / keep probability."""
+    def select(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Kept columns of one row chunk, ascending, 1 / keep probability, and about how many were to be expected."""
 
     def fused(self, *args: Any) -> bool:
         """Do a whole row chunk's forward in one kernel, GEMM included; False: not done, take the tiles."""
         return False
 
-    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A large output, not yet written."""
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    def add_rows(self, out: torch.Tensor, at: torch.Tensor, rows: torch.Tensor) -> None:
-        """out[at] += rows, the indices distinct."""
-        out.index_add_(0, at, rows.to(out.dtype))
+    def gather(self, weight: torch.Tensor, at: torch.Tensor, out: torch.Tensor) -> None:
+        """out = weight[at], padded with copies of the first."""
+        torch.index_select(weight, 0, torch.cat([at, at[:1].expand(len(out) - len(at))]), out=out)
+
+    def row_sum(self, weight: torch.Tensor, columns: Sequence[torch.Tensor | None]) -> RowSum:
+        """The sum that becomes dweight; columns as RowSum takes them."""
+        return RowSum(weight, columns)

@@ -1,5 +1,6 @@
 """Losses of log-probs, rewards and embeddings, differentiable in the policy's log-probs only."""
 
+from .. import _losses_triton
 from .coefficients import coefficients
 from .contrastive import epa_loss, poft_loss
 from .dqo import dqo_loss
@@ -7,6 +8,8 @@ from .groups import group_advantages, gvpo_loss, qempo_kl_loss, qempo_loss, spl_
 from .pairs import dpo_loss, hdpo_loss, qempo_kl_pair_loss, qempo_pair_loss, spl_pair_loss
 from .risk import rspo_loss
 from .tokens import grpo_loss
+
+_losses_triton.register()
 
 __all__ = [
     "coefficients",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _losses_cpu
 from ..reference import losses
-from . import _inputs
+from . import _fused, _inputs
 
 _backends.register("epa_loss", "reference", losses.epa_loss)
+_backends.register("epa_loss", "cpu", _losses_cpu.epa_loss)
 _backends.register("poft_loss", "reference", losses.poft_loss)
+_backends.register("poft_loss", "cpu", _losses_cpu.poft_loss)
 
 
 def epa_loss(
@@ -49,22 +53,38 @@ def epa_loss(
     """
     _check.positive("beta", beta)
     _check.choice("reduction", reduction, _inputs.REDUCTIONS)
+    tensors = (positive, strong, weak, ref_positive, ref_strong, ref_weak)
+    if not _fits(tensors):
+        tensors = _named(tensors)
+    return _fused.loss("epa_loss", *tensors, beta=beta, reduction=reduction)
+
+
+def _fits(tensors: tuple[Any, ...]) -> bool:
+    """Whether EPA's six need no cast and have their shapes."""
+    if not _inputs.alike(tensors) or any([x is None for x in tensors]):
+        return False
+    positive, strong, weak = (x.shape for x in tensors[:3])
+    return (
+        len(positive) == 1
+        and len(strong) == len(weak) == 2
+        and strong[0] == weak[0] == positive[0]
+        and strong[1] + weak[1] > 0
+        and (positive, strong, weak) == tuple(x.shape for x in tensors[3:])
+    )
+
+
+def _named(tensors: tuple[Any, ...]) -> Any:
+    """EPA's six, checked by name, in the dtype of the first three."""
+    positive, strong, weak, *references = tensors
     _check.tensor("positive", positive, ndim=1)
-    rows, device = positive.shape[0], positive.device
     for name, x in (("strong", strong), ("weak", weak)):
-        _check.tensor(name, x, shape=(rows, -1), device=device)
+        _check.tensor(name, x, shape=(positive.shape[0], -1), device=positive.device)
     if strong.shape[1] + weak.shape[1] == 0:
         _check.bad_value("strong", "at least one strong or weak negative", tuple(strong.shape))
-    for name, x, like in (
-        ("ref_positive", ref_positive, positive),
-        ("ref_strong", ref_strong, strong),
-        ("ref_weak", ref_weak, weak),
-    ):
-        _check.tensor(name, x, shape=like.shape, device=device)
+    for name, x, like in zip(("ref_positive", "ref_strong", "ref_weak"), references, tensors, strict=False):
+        _check.tensor(name, x, shape=like.shape, device=positive.device)
     dtype = _inputs.score_dtype(positive, strong, weak)
-    policy = [x.to(dtype) for x in (positive, strong, weak)]
-    reference = [x.detach().to(dtype) for x in (ref_positive, ref_strong, ref_weak)]
-    return _backends.kernel("epa_loss", device)(*policy, *reference, beta=beta, reduction=reduction)
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def poft_loss(
@@ -108,9 +128,5 @@ def poft_loss(
     if aligned_mean_logps.shape[1] == 0:
         _check.bad_value("aligned_mean_logps", "at least one model", tuple(aligned_mean_logps.shape))
     dtype = _inputs.score_dtype(logps)
-    aligned = aligned_mean_logps.detach().to(dtype)
-    aligned = _inputs.values("aligned_mean_logps", aligned)
-    counts = _inputs.values("lengths", lengths.detach().to(dtype), "positive")
-    return _backends.kernel("poft_loss", device)(
-        logps.to(dtype), counts, aligned, beta=beta, gamma=gamma, reduction=reduction
-    )
+    tensors = [x if x.dtype is dtype else x.to(dtype) for x in (logps, lengths, aligned_mean_logps)]
+    return _fused.loss("poft_loss", *tensors, beta=beta, gamma=gamma, reduction=reduction)

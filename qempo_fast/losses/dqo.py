@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from .. import _backends, _check
+from .. import _check
 from ..dpp import dpp_gains
 from ..reference.family import AlphaBeta
-from . import _inputs
+from . import _fused, _inputs, _values
 
 
 def dqo_loss(
@@ -59,16 +59,23 @@ def dqo_loss(
     _check.number("beta", beta, low=0.0)
     _check.choice("baseline", baseline, ("loo", "reward", "none"))
     _inputs.needs_reference("ref_logps", ref_logps, beta)
-    policy, fixed, reference = _inputs.with_rewards(logps, rewards, ref_logps if beta > 0 else None)
+    _inputs.given("rewards", rewards)
+    names = ("logps", "rewards", "ref_logps")
+    policy, fixed, reference = _inputs.scores(names, (logps, rewards, ref_logps if beta > 0 else None))
     group_size = _group_size(embeddings, logps, group_size, offsets)
-    offsets = _inputs.group_layout(logps, group_size, offsets, at_least=1 if baseline == "none" else 2)
+    at_least = _values.least(baseline)
+    offsets = _inputs.group_layout(policy.shape[0], group_size, offsets, policy.device, at_least=at_least)
+    # Before the gains, which take most of the time and would come first to what is wrong.
+    fixed = _values.values("rewards", fixed.detach())
+    offsets = _values.groups(policy.shape[0], offsets, at_least)
     rows = embeddings.detach()
     if offsets is None and rows.ndim == 2:
         rows = rows.reshape(-1, group_size, rows.shape[1])
     with torch.no_grad():
         gains = dpp_gains(rows, offsets=offsets)
     diversity = gains.gains - gains.baselines if baseline == "loo" else gains.gains
-    return _backends.kernel("group_loss", logps.device)(
+    return _fused.loss(
+        "group_loss",
         policy,
         reference,
         fixed,

@@ -6,40 +6,53 @@ from typing import Any
 
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _losses_cpu
 from ..reference import family, groups
 from ..reference.family import AlphaBeta
-from . import _inputs
+from . import _fused, _inputs, _values
 
 _backends.register("group_loss", "reference", family.group_loss)
+_backends.register("group_loss", "cpu", _losses_cpu.group_loss)
 _backends.register("variance_loss", "reference", family.variance_loss)
+_backends.register("variance_loss", "cpu", _losses_cpu.variance_loss)
+_backends.register("group_advantages", "reference", groups.group_advantages)
+_backends.register("group_advantages", "cpu", _losses_cpu.group_advantages)
+
+
+_NAMES = ("logps", "rewards", "ref_logps")
 
 
 def _group_loss(
     logps: Any, ref_logps: Any, rewards: Any, ab: AlphaBeta, group_size: Any, offsets: Any, baseline: Any
 ) -> torch.Tensor:
     _check.choice("baseline", baseline, _inputs.BASELINES)
-    at_least = 1 if baseline == "none" else 2
-    *tensors, offsets = _grouped(logps, ref_logps, rewards, group_size, offsets, at_least=at_least)
-    return _backends.kernel("group_loss", logps.device)(
-        *tensors, alpha=ab.alpha, beta=ab.beta, group_size=group_size, offsets=offsets, baseline=baseline
+    *tensors, offsets = _grouped(logps, ref_logps, rewards, group_size, offsets, _values.least(baseline))
+    return _fused.loss(
+        "group_loss",
+        *tensors,
+        alpha=ab.alpha,
+        beta=ab.beta,
+        group_size=group_size,
+        offsets=offsets,
+        baseline=baseline,
+        bonus=None,
     )
 
 
 def _variance_loss(
     logps: Any, ref_logps: Any, rewards: Any, ab: AlphaBeta, group_size: Any, offsets: Any
 ) -> torch.Tensor:
-    *tensors, offsets = _grouped(logps, ref_logps, rewards, group_size, offsets, at_least=2)
-    return _backends.kernel("variance_loss", logps.device)(
-        *tensors, alpha=ab.alpha, beta=ab.beta, group_size=group_size, offsets=offsets
-    )
+    *tensors, offsets = _grouped(logps, ref_logps, rewards, group_size, offsets, 2)
+    return _fused.loss("variance_loss", *tensors, alpha=ab.alpha, beta=ab.beta, group_size=group_size, offsets=offsets)
 
 
 def _grouped(
-    logps: Any, ref_logps: Any, rewards: Any, group_size: Any, offsets: Any, *, at_least: int
+    logps: Any, ref_logps: Any, rewards: Any, group_size: Any, offsets: Any, at_least: int
 ) -> tuple[Any, Any, Any, Any]:
-    policy, fixed, reference = _inputs.with_rewards(logps, rewards, ref_logps)
-    return policy, reference, fixed, _inputs.group_layout(logps, group_size, offsets, at_least=at_least)
+    _inputs.given("rewards", rewards)
+    policy, fixed, reference = _inputs.scores(_NAMES, (logps, rewards, ref_logps))
+    offsets = _inputs.group_layout(policy.shape[0], group_size, offsets, policy.device, at_least=at_least)
+    return policy, reference, fixed, offsets
 
 
 def spl_loss(
@@ -268,6 +281,6 @@ def group_advantages(
     _check.choice("scale", scale, ("std", "none"))
     _check.choice("baseline", baseline, ("mean", "loo"))
     _check.tensor("rewards", rewards, ndim=1)
-    offsets = _inputs.group_layout(rewards, group_size, offsets, at_least=2)
-    values = _inputs.values("rewards", rewards.detach().to(_inputs.score_dtype(rewards)))
-    return groups.group_advantages(values, group_size=group_size, offsets=offsets, scale=scale, baseline=baseline)
+    offsets = _inputs.group_layout(rewards.shape[0], group_size, offsets, rewards.device, at_least=2)
+    values = rewards.detach().to(_inputs.score_dtype(rewards)).contiguous()
+    return _fused.advantages(values, group_size=group_size, offsets=offsets, scale=scale, baseline=baseline)

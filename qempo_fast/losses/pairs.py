@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _losses_cpu
 from ..reference import family
 from ..reference.family import AlphaBeta
-from . import _inputs
+from . import _fused, _inputs
 
 _backends.register("pair_loss", "reference", family.pair_loss)
+_backends.register("pair_loss", "cpu", _losses_cpu.pair_loss)
+_NAMES = ("chosen", "rejected", "ref_chosen", "ref_rejected")
 
 
 def _pair_loss(
@@ -19,9 +21,11 @@ def _pair_loss(
 ) -> torch.Tensor:
     _check.number("label_smoothing", label_smoothing, low=0.0, high=0.5, open_high=True)
     _check.choice("reduction", reduction, _inputs.REDUCTIONS)
-    tensors = _inputs.scores({"chosen": chosen, "rejected": rejected}, {"ref_chosen": refs[0], "ref_rejected": refs[1]})
-    run = _backends.kernel("pair_loss", chosen.device)
-    return run(*tensors, alpha=ab.alpha, beta=ab.beta, label_smoothing=label_smoothing, reduction=reduction)
+    _inputs.given("rejected", rejected)
+    tensors = _inputs.scores(_NAMES, (chosen, rejected, *refs), policy=2)
+    return _fused.loss(
+        "pair_loss", *tensors, alpha=ab.alpha, beta=ab.beta, label_smoothing=label_smoothing, reduction=reduction
+    )
 
 
 def _with_references(ref_chosen: Any, ref_rejected: Any, beta: float, why: str = "beta") -> tuple[Any, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _losses_cpu
 from ..reference import losses
-from . import _inputs
+from . import _fused, _inputs, _values
 
 _backends.register("rspo_loss", "reference", losses.rspo_loss)
+_backends.register("rspo_loss", "cpu", _losses_cpu.rspo_loss)
 
 
 def rspo_loss(
@@ -47,9 +48,8 @@ def rspo_loss(
     """
     _check.integer("k", k, low=1)
     _check.choice("baseline", baseline, _inputs.BASELINES)
-    policy, fixed = _inputs.with_rewards(logps, rewards)
-    at_least = 2 if k == 1 and baseline != "none" else k
-    offsets = _inputs.group_layout(logps, group_size, offsets, at_least=at_least)
-    return _backends.kernel("rspo_loss", logps.device)(
-        policy, fixed, k=k, group_size=group_size, offsets=offsets, baseline=baseline
-    )
+    _inputs.given("rewards", rewards)
+    policy, fixed = _inputs.scores(("logps", "rewards"), (logps, rewards))
+    at_least = _values.least(baseline, k)
+    offsets = _inputs.group_layout(policy.shape[0], group_size, offsets, policy.device, at_least=at_least)
+    return _fused.loss("rspo_loss", policy, fixed, k=k, group_size=group_size, offsets=offsets, baseline=baseline)

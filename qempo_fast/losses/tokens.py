@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _losses_cpu
 from ..reference import losses
-from . import _inputs
+from . import _fused, _inputs
 
 _backends.register("token_loss", "reference", losses.grpo_loss)
+_backends.register("token_loss", "cpu", _losses_cpu.token_loss)
+_NAMES = ("token_logps", "old_token_logps", "ref_token_logps")
 
 
 def grpo_loss(
@@ -71,20 +73,18 @@ def grpo_loss(
     else:
         _check.positive("normalize", normalize)
     _inputs.needs_reference("ref_token_logps", ref_token_logps, kl, "kl")
-    policy, old, reference = _inputs.scores(
-        {"token_logps": token_logps},
-        {"old_token_logps": old_token_logps, "ref_token_logps": ref_token_logps if kl > 0 else None},
-    )
-    _check.tensor("old_token_logps", old_token_logps)
-    cu_seqlens = _inputs.offsets("cu_seqlens", cu_seqlens, policy.shape[0], policy.device)
-    _check.tensor("advantages", advantages, shape=(cu_seqlens.shape[0] - 1,), device=policy.device)
-    scale = _inputs.values("advantages", advantages.detach().to(policy.dtype))
-    return _backends.kernel("token_loss", policy.device)(
+    _inputs.given("old_token_logps", old_token_logps)
+    policy, old, reference = _inputs.scores(_NAMES, (token_logps, old_token_logps, ref_token_logps if kl > 0 else None))
+    device = policy.device
+    cu_seqlens = _inputs.offsets_like("cu_seqlens", cu_seqlens, device)
+    _check.tensor("advantages", advantages, shape=(cu_seqlens.shape[0] - 1,), device=device)
+    return _fused.loss(
+        "token_loss",
         policy,
         old,
-        scale,
+        advantages.to(policy.dtype),
         cu_seqlens,
-        ref_token_logps=reference,
+        ref_token_logps=None if reference is None else reference.detach().contiguous(),
         kl=kl,
         eps_low=eps_low,
         eps_high=eps_high,

@@ -1,4 +1,4 @@
-// What the ops do with memory beyond arithmetic: page sizes, and rows added by index.
+// What the ops do with memory beyond arithmetic: page sizes, and rows read and added by index.
 #include <cstring>
 
 #include "qempo/cpu.h"
@@ -23,16 +23,31 @@ float value(uint16_t bits) {
 }
 
 template <class A, class S>
-void add(A* out, const int64_t* index, const S* rows, int64_t n, int64_t d, int threads) {
+void add(A* out, RowSum to, const int64_t* index, const S* rows, int64_t n, int64_t d, int threads) {
   auto part = [&](int, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      A* to = out + index[i] * d;
+      const int64_t row = to.place ? to.place[index[i]] : index[i];
+      A* sum = out + row * d;
       const S* from = rows + i * d;
+      if (to.seen && !to.seen[row]) {
+        to.seen[row] = 1;
 #pragma omp simd
-      for (int64_t j = 0; j < d; ++j) to[j] += value(from[j]);
+        for (int64_t j = 0; j < d; ++j) sum[j] = value(from[j]);
+      } else {
+#pragma omp simd
+        for (int64_t j = 0; j < d; ++j) sum[j] += value(from[j]);
+      }
     }
   };
   parallel(threads, n, part);
+}
+
+uint16_t rounded(float x) {
+  // To nearest even; a NaN keeps its top bits, where the carry would turn some into infinity.
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof(u));
+  const uint32_t near = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x != x ? (u >> 16) | 0x40u : near);
 }
 
 }  // namespace
@@ -49,14 +64,48 @@ void ask_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-void add_rows(double* out, const int64_t* index, const double* rows, int64_t n, int64_t d, int threads) {
-  add(out, index, rows, n, d, threads);
+void gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, int64_t padded, int64_t bytes,
+                 int threads) {
+  auto part = [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy(static_cast<char*>(out) + i * bytes, static_cast<const char*>(rows) + index[i < n ? i : 0] * bytes,
+                  static_cast<size_t>(bytes));
+  };
+  if (n > 0) parallel(threads, padded, part);
 }
-void add_rows(float* out, const int64_t* index, const float* rows, int64_t n, int64_t d, int threads) {
-  add(out, index, rows, n, d, threads);
+
+void add_rows(double* out, RowSum to, const int64_t* index, const double* rows, int64_t n, int64_t d, int threads) {
+  add(out, to, index, rows, n, d, threads);
 }
-void add_rows(float* out, const int64_t* index, const uint16_t* rows, int64_t n, int64_t d, int threads) {
-  add(out, index, rows, n, d, threads);
+void add_rows(float* out, RowSum to, const int64_t* index, const float* rows, int64_t n, int64_t d, int threads) {
+  add(out, to, index, rows, n, d, threads);
+}
+void add_rows(float* out, RowSum to, const int64_t* index, const uint16_t* rows, int64_t n, int64_t d, int threads) {
+  add(out, to, index, rows, n, d, threads);
+}
+
+void zero_unseen(void* out, const uint8_t* seen, int64_t n, int64_t bytes, int threads) {
+  auto part = [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (!seen[i]) std::memset(static_cast<char*>(out) + i * bytes, 0, static_cast<size_t>(bytes));
+  };
+  parallel(threads, n, part);
+}
+
+void round_rows(uint16_t* out, const int64_t* place, const float* rows, int64_t n, int64_t d, int threads) {
+  auto part = [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      uint16_t* to = out + i * d;
+      if (place[i] < 0) {
+        std::memset(to, 0, static_cast<size_t>(d) * sizeof(uint16_t));
+        continue;
+      }
+      const float* from = rows + place[i] * d;
+#pragma omp simd
+      for (int64_t j = 0; j < d; ++j) to[j] = rounded(from[j]);
+    }
+  };
+  parallel(threads, n, part);
 }
 
 }  // namespace qempo::cpu

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "qempo/cpu.h"
 
@@ -49,6 +50,7 @@ struct RowGrads {
   const A* entropy;       // (n), or null with grad_h
   const A* inverse;       // (c) 1 / keep probability of each column, or null for 1
   const int64_t* target;  // (n) column of the target within the tile; any other value: not here
+  A* row_sum;             // (n) sum of dloss / draw as stored over the tile's columns, or null
 };
 
 // In place: raw outputs become dloss / draw.
@@ -71,10 +73,11 @@ const LogpsKernels& logps_kernels();
 // Chooses the kept columns of one row chunk. statistic (copies, vocabulary): maxima of log u as the forward left them,
 // reduced here. Column j is kept with probability q = min(1, u' / tau), u' = u, or u (1 - log u + entropy) where
 // entropy >= 0; columns with forced[j] != 0 always. Uniform numbers are a function of (seed, chunk, first_column + j)
-// alone. Writes kept indices and 1 / q; returns how many.
+// alone. Writes kept indices, ascending, and 1 / q, into room for vocabulary of them; returns how many, and how many
+// were to be expected (the sum of q, to 6%).
 template <class A>
-int64_t select_columns(const A* statistic, int64_t copies, int64_t vocabulary, double tau, double entropy,
+std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, int64_t vocabulary, double tau, double entropy,
                        const uint8_t* forced, uint64_t seed, int64_t chunk, int64_t first_column, int64_t* kept,
-                       A* inverse);
+                       A* inverse, int threads);
 
 }  // namespace qempo::cpu

@@ -1,0 +1,165 @@
+"""The GRPO family's clipped surrogate over sequences of tokens, with its coefficients, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import Signature, on_device
+from ._launch import architecture, processors, row
+from ._loss import LAUNCH, bits, exponential, flat, number, scratch, spans, tile, total, uncovered
+from ._softmax import expm1
+
+
+@triton.jit(do_not_specialize=["N", "S", "parts", "kl", "eps_low", "eps_high", "limit"])
+def _token_loss_kernel(
+    logps_ptr,
+    old_ptr,
+    ref_ptr,
+    advantages_ptr,
+    cu_ptr,
+    coef_ptr,
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    N,
+    S,
+    parts,
+    kl,
+    eps_low,
+    eps_high,
+    limit,
+    SEQUENCE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    dtype: tl.constexpr = logps_ptr.dtype.element_ty
+    pid = tl.program_id(0).to(tl.int64)
+    s = (pid // parts) * ROWS + tl.arange(0, ROWS)
+    low, size, wrong = spans(cu_ptr, s, S, N, 0)
+    longest = tl.max(size, 0)
+    column = tl.arange(0, COLUMNS)[None, :]
+    a = tl.load(advantages_ptr + s, mask=s < S, other=0.0)[:, None]
+    floor = (1.0 - number(eps_low)).to(dtype)
+    ceiling = (1.0 + number(eps_high)).to(dtype)
+    # An empty sequence has no token to divide.
+    length = tl.maximum(size, 1).to(tl.float64)
+    share = tl.full((ROWS,), 1.0, tl.float64)
+    if NORMALIZE == "sequence":
+        share /= length * S
+    elif NORMALIZE == "token":
+        share /= N
+    else:
+        share /= number(limit) * S
+    share += tl.where(wrong, float("nan"), 0.0)
+    mean = tl.zeros((ROWS,), tl.float64)
+    if SEQUENCE:
+        for first in range(0, longest, COLUMNS):
+            at = low[:, None] + first + column
+            live = first + column < size[:, None]
+            own = tl.load(logps_ptr + at, mask=live, other=0.0).to(tl.float64)
+            mean += tl.sum(own - tl.load(old_ptr + at, mask=live, other=0.0).to(tl.float64), 1)
+        mean /= length
+    loss = tl.zeros((ROWS,), tl.float64)
+    # Several programs may share a sequence, each with every parts-th block of it.
+    for first in range((pid % parts) * COLUMNS, longest, parts * COLUMNS):
+        at = low[:, None] + first + column
+        live = first + column < size[:, None]
+        own = tl.load(logps_ptr + at, mask=live, other=0.0)
+        if SEQUENCE:
+            x = mean.to(dtype)[:, None] + tl.zeros((ROWS, COLUMNS), dtype)
+        else:
+            x = own - tl.load(old_ptr + at, mask=live, other=0.0)
+        rho = exponential(x)
+        clipped = tl.where(a > 0, rho > ceiling, rho < floor) | (a == 0)
+        bounded = tl.where(rho < floor, floor, tl.where(rho > ceiling, ceiling, rho))
+        value = -a * tl.where(clipped, bounded, rho)
+        # 0, and NaN for an advantage that is not finite, which no one has checked on a GPU.
+        slope = tl.where(clipped, a - a, -a * rho)
+        if ref_ptr is not None:
+            d = tl.load(ref_ptr + at, mask=live, other=0.0) - own
+            m = tl.where(tl.abs(d) < 0.5, expm1(d), exponential(d) - 1.0)
+            weight = number(kl).to(dtype)
+            value += weight * (m - d)
+            slope -= weight * m
+        loss += tl.sum(tl.where(live, value.to(tl.float64), 0.0), 1)
+        tl.store(coef_ptr + at, (slope.to(tl.float64) * share[:, None]).to(dtype), mask=live)
+    sums = tl.sum(loss * share, 0)
+    if pid == 0:
+        sums += uncovered(coef_ptr, cu_ptr, S, N, COLUMNS)
+    total(sums, partial_ptr, counter_ptr, out_ptr)
+
+
+def token_loss_fwd(
+    token_logps: torch.Tensor,
+    old_token_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    ref_token_logps: torch.Tensor | None = None,
+    kl: float = 0.0,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    ratio: str = "token",
+    normalize: str | float = "sequence",
+) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+    """Sum over tokens of norm_it (-min(rho A, clip(rho) A) + kl (e^d - d - 1)), d = ref - l, and its derivative.
+
+    Args:
+        token_logps, old_token_logps: (N,) contiguous, float32 or float64.
+        advantages: (S,), like them.
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to N; a sequence may be empty. A wrong one makes the loss and
+            its own coefficients NaN.
+        ref_token_logps: (N,), like them; None, or kl = 0, leaves the KL term out.
+        kl, eps_low, eps_high: as in qempo_fast.grpo_loss.
+        ratio: "token" or "sequence".
+        normalize: "sequence", "token" or T_max.
+
+    Returns:
+        The loss, a scalar, and its derivative by token_logps, (N,).
+    """
+    n, count = token_logps.shape[0], cu_seqlens.shape[0] - 1
+    if n == 0 or count == 0:
+        return token_logps.new_zeros(()), (torch.full_like(token_logps, float("nan")),)
+    coef, out = torch.empty_like(token_logps), token_logps.new_empty(())
+    elements, warps = row(LAUNCH, architecture(token_logps.device))
+    rows, columns = tile(n, count, elements)
+    programs = triton.cdiv(count, rows)
+    # The mean of a sequence is one program's work; else a few long sequences are cut until the machine is full.
+    full = 4 * processors(token_logps.device) // programs
+    parts = 1 if ratio == "sequence" else max(1, min(triton.cdiv(n, count * columns), full))
+    programs *= parts
+    with on_device(token_logps):
+        _token_loss_kernel[(programs,)](
+            *(token_logps, old_token_logps, flat(ref_token_logps) if kl else None, advantages, cu_seqlens),
+            *(coef, out, *scratch(programs, token_logps.device), n, count, parts),
+            *(bits(kl), bits(eps_low), bits(eps_high), bits(normalize if not isinstance(normalize, str) else 1.0)),
+            SEQUENCE=ratio == "sequence",
+            NORMALIZE=normalize if isinstance(normalize, str) else "number",
+            ROWS=rows,
+            COLUMNS=columns,
+            num_warps=warps,
+        )
+    return out, (coef,)
+
+
+def _signature(real: str, cu: str, length: int, kl: bool, sequence: bool, normalize: str) -> Signature:
+    elements, warps = LAUNCH["cuda:90"]
+    rows, columns = tile(2**20, 2**20 // length, elements)
+    pointers = ["logps_ptr", "old_ptr", "advantages_ptr", "coef_ptr", "out_ptr", *(["ref_ptr"] if kl else [])]
+    types = dict.fromkeys(pointers, real) | {"cu_ptr": cu, "partial_ptr": "*fp64", "counter_ptr": "*i32"}
+    types |= dict.fromkeys(("N", "S", "parts"), "i32") | dict.fromkeys(("kl", "eps_low", "eps_high", "limit"), "i64")
+    constants = {"SEQUENCE": sequence, "NORMALIZE": normalize, "ROWS": rows, "COLUMNS": columns}
+    constants |= {} if kl else {"ref_ptr": None}
+    return Signature(_token_loss_kernel, types, constants, hot=True, num_warps=warps)
+
+
+COMPILE = [
+    _signature("*fp32", "*i32", 1024, True, False, "sequence"),
+    _signature("*fp32", "*i64", 1024, False, False, "token"),
+    _signature("*fp32", "*i64", 1024, False, True, "sequence"),
+    _signature("*fp32", "*i64", 64, True, False, "number"),
+    _signature("*fp64", "*i64", 1024, True, False, "number"),
+]

@@ -1,0 +1,8 @@
+"""The library inside other people's training code: ``hf`` (transformers) and ``trl``. Import the module you need."""
+
+from __future__ import annotations
+
+
+def missing(error: ModuleNotFoundError, extra: str) -> ImportError:
+    """What to raise where a framework is not installed."""
+    return ImportError(f'{error.name} is not installed: pip install "qempo-fast[{extra}]"', name=error.name)

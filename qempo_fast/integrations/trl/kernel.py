@@ -1,0 +1,203 @@
+"""This library's log-prob op in the place of TRL's own kernel."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from typing import Any
+
+import torch
+import trl
+import trl.trainer.utils as trl_utils
+
+import qempo_fast as qf
+
+from ... import _check
+from ...reference.logps import finish_head
+
+logger = logging.getLogger(__name__)
+
+_SEAM = "_ChunkedLogProbFunction"
+_PARAMETERS = (
+    *("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"),
+    *("logit_scale", "outputs"),
+)
+_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# Rows and columns of one tile of logits where a metric needs them after all: 16 MiB in float32.
+_TILE = (256, 16384)
+# Float32 sums over 10^5 columns are good to 1e-5 in their logarithm.
+_MARGIN = 1e-3
+
+
+def use_fused_logps(*, grad: str = "auto", tau: float | None = None, backend: str | None = None) -> FusedLogps:
+    """Give every TRL trainer of this process ``linear_logps`` in place of TRL's chunked log-prob kernel.
+
+    TRL's trainers (DPO, GRPO, RLOO, KTO, SFT) look the kernel up at each call, so this works before and after a trainer
+    is built. All that TRL asks of it is returned: log-probs, entropy, log sum p^2, mean logit, top-1 flag. What the op
+    cannot do falls to TRL's kernel, with the reason logged once: a head that DeepSpeed ZeRO-3 partitions (its backward
+    must gather the weight again), dtypes other than the four float ones, a logit scale or softcap that is not positive.
+
+    Args:
+        grad, tau, backend: as ``qf.linear_logps``. "auto" samples the vocabulary gradient of bfloat16 and float16
+            weights, without bias; "exact" does not.
+
+    Returns:
+        A handle: ``remove()`` gives TRL its kernel back, and as a context manager it does so on exit.
+
+    Raises:
+        ImportError: this version of TRL has no such kernel; it names the versions that do.
+    """
+    _check.choice("grad", grad, ("auto", "exact", "sampled"))
+    if tau is not None:
+        _check.number("tau", tau, low=0.0, high=1.0, open_low=True)
+    return FusedLogps({"grad": grad, "tau": tau, "backend": backend})
+
+
+def _seam() -> Any:
+    """What stands in TRL's seam now: its kernel, or one of ours."""
+    kernel = getattr(trl_utils, _SEAM, None)
+    known = isinstance(kernel, _Kernel)
+    if kernel is not None and not known:
+        names = tuple(inspect.signature(kernel.forward).parameters)[1:] if hasattr(kernel, "forward") else ()
+        known = names == _PARAMETERS
+    if not known or not hasattr(trl_utils, "add_fused_lm_head"):
+        what = "no log-prob kernel" if kernel is None else "a log-prob kernel with other arguments"
+        raise ImportError(
+            f"trl {trl.__version__} has {what} in trl.trainer.utils.{_SEAM}: "
+            'pip install "trl>=1.16" (tested with 1.16.0)'
+        )
+    return kernel
+
+
+class FusedLogps:
+    """The patch that ``use_fused_logps`` makes; ``remove()`` or leaving it as a context takes it back."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._kernel = _Kernel(_seam(), options)
+        setattr(trl_utils, _SEAM, self._kernel)
+
+    def remove(self) -> None:
+        """Put back what stood in TRL's seam before; of several patches the last that is left counts, in any order."""
+        self._kernel.active = False
+        while isinstance(kernel := getattr(trl_utils, _SEAM), _Kernel) and not kernel.active:
+            setattr(trl_utils, _SEAM, kernel.before)
+
+    def __enter__(self) -> FusedLogps:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+
+class _Kernel:
+    """Stands where TRL has an autograd Function, of which it uses ``apply`` alone."""
+
+    def __init__(self, before: Any, options: dict[str, Any]) -> None:
+        self.before, self.options, self.active = before, options, True
+        self.original: Any = before.original if isinstance(before, _Kernel) else before
+        self._told: set[str] = set()
+
+    def apply(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = _OUTPUTS,
+    ) -> tuple[torch.Tensor | None, ...]:
+        reason = _refusal(hidden, weight, softcap, logit_scale, outputs)
+        if reason is not None:
+            if reason not in self._told:
+                logger.warning("TRL's own log-prob kernel runs instead of linear_logps: %s", reason)
+                self._told.add(reason)
+            args = (hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs)
+            return self.original.apply(*args)
+        # TRL casts to this dtype too. Under autocast hidden and weight come in float32.
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        head: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        tokens = qf.linear_logps(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            entropy="entropy" in outputs,
+            sum_sq="log_sum_sq_probs" in outputs or "is_top1" in outputs,
+            **head,
+            **self.options,
+        )
+        with torch.no_grad():
+            mean, top1 = _metrics(tokens, (hidden, weight, bias, targets), head, outputs)
+        return tokens.logps, tokens.entropy, tokens.sum_sq if "log_sum_sq_probs" in outputs else None, mean, top1
+
+
+def _refusal(
+    hidden: torch.Tensor, weight: torch.Tensor, softcap: Any, logit_scale: Any, outputs: tuple[str, ...]
+) -> str | None:
+    """Why the op cannot take this call, or None."""
+    if hasattr(weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 partitions the output head, and the backward pass has to gather it again"
+    if hidden.dtype not in _check.FLOATS:
+        return f"hidden states are {hidden.dtype}"
+    if not logit_scale > 0 or (softcap is not None and not softcap > 0):
+        return f"logit_scale {logit_scale} and softcap {softcap} have to be positive"
+    unknown = sorted(set(outputs) - set(_OUTPUTS))
+    return f"outputs {unknown} are unknown" if unknown else None
+
+
+def _metrics(
+    tokens: qf.TokenLogps,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
+    head: dict[str, Any],
+    outputs: tuple[str, ...],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Mean logit and top-1 flag of each row, where asked for."""
+    hidden, weight, bias, targets = tensors
+    mean = top1 = None
+    if "mean_logits" in outputs and head["softcap"] is not None:
+        # tanh of each logit has no mean in closed form: one more pass over the logits, which gives the maximum too.
+        mean, best = _pass_over_logits(hidden, weight, bias, head)
+        return mean, best == targets if "is_top1" in outputs else None
+    if "mean_logits" in outputs:
+        # The mean of h . w_j + b_j over j is h . mean(w) + mean(b): no logits needed.
+        raw = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        raw = raw if bias is None else raw + bias.mean(dtype=torch.float32)
+        mean = finish_head(raw, **head)
+    if "is_top1" in outputs:
+        assert tokens.sum_sq is not None
+        # With S = sum p^2 the largest p is at least S, and a p with p^2 > S - p^2 is the largest, and alone.
+        logp, log_s = tokens.logps.detach(), tokens.sum_sq
+        top1 = 2 * logp + math.log(2) > log_s + _MARGIN
+        unsure = (~top1 & (logp > log_s - _MARGIN)).nonzero()[:, 0]
+        if len(unsure):
+            _, best = _pass_over_logits(hidden[unsure], weight, bias, head)
+            top1[unsure] = best == targets[unsure]
+    return mean, top1
+
+
+def _pass_over_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) mean logit and index of the first largest logit, tile by tile."""
+    n, vocabulary = len(hidden), len(weight)
+    total = torch.zeros(n, device=hidden.device)
+    best = torch.zeros(n, dtype=torch.int64, device=hidden.device)
+    rows, columns = _TILE
+    for a in range(0, n, rows):
+        top = torch.full((min(rows, n - a),), -torch.inf, device=hidden.device)
+        for v in range(0, vocabulary, columns):
+            raw = (hidden[a : a + rows] @ weight[v : v + columns].t()).float()
+            raw = raw if bias is None else raw + bias[v : v + columns]
+            value, at = raw.max(1)
+            # Strictly larger: of equal logits the first counts, as in TRL. Scale, cap and temperature keep the order.
+            best[a : a + rows] = torch.where(value > top, at + v, best[a : a + rows])
+            top = torch.maximum(top, value)
+            total[a : a + rows] += finish_head(raw, **head).sum(1)
+    return total / vocabulary, best

@@ -1,0 +1,461 @@
+"""Triton kernels of the losses against the float64 reference, on the GPU or in the interpreter."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton runs on Linux only")
+
+import test_losses_public as public
+from tolerances import assert_as_good
+
+import qempo_fast as qf
+from qempo_fast import _backends
+from qempo_fast.kernels import _loss
+from qempo_fast.kernels.loss_groups import group_loss_fwd, variance_loss_fwd
+from qempo_fast.kernels.loss_pairs import pair_loss_fwd
+from qempo_fast.kernels.loss_risk import rspo_loss_fwd
+from qempo_fast.kernels.loss_tokens import token_loss_fwd
+from qempo_fast.losses._values import POLICY
+
+# Triton's interpreter computes both sides of a `where`, and numpy says so.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+Drawn = tuple[list[torch.Tensor | None], dict[str, Any]]
+# In the interpreter a program takes 64 elements, RSPO's 32: the cases above that run in several.
+
+
+def draw(*shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, dtype=torch.float64) + shift
+
+
+def offsets(*sizes: int) -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(sizes, dtype=torch.int64).cumsum(0).tolist()])
+
+
+def pairs(n: int, scale: float = 3.0, refs: bool = True, **settings: Any) -> Callable[[], Drawn]:
+    def make() -> Drawn:
+        given: list[torch.Tensor | None] = [draw(n, scale=scale, shift=-20) for _ in range(4)]
+        return given if refs else [*given[:2], None, None], {"alpha": 0.3, "beta": 0.1, **settings}
+
+    return make
+
+
+def groups(layout: Any, scale: float = 3.0, rewards: Any = None, extra: bool = False, **settings: Any) -> Any:
+    """layout: (groups, size) or offsets; extra: a bonus for the online loss."""
+
+    def make() -> Drawn:
+        ragged = isinstance(layout, torch.Tensor)
+        n = int(layout[-1]) if ragged else math.prod(layout)
+        keywords = {"offsets": layout} if ragged else {"group_size": layout[1]}
+        r = draw(n) if rewards is None else rewards(n)
+        bonus = {"bonus": draw(n)} if extra else {}
+        return [draw(n, scale=scale, shift=-20), draw(n, scale=scale, shift=-20), r], {
+            **{"alpha": 0.3, "beta": 0.1, **settings},
+            **keywords,
+            **bonus,
+        }
+
+    return make
+
+
+def without_reference(make: Callable[[], Drawn]) -> Callable[[], Drawn]:
+    def made() -> Drawn:
+        (logps, _, rewards), settings = make()
+        return [logps, None, rewards], settings
+
+    return made
+
+
+def risk(layout: Any, rewards: Any = None, **settings: Any) -> Callable[[], Drawn]:
+    def make() -> Drawn:
+        (logps, _, r), keywords = groups(layout, rewards=rewards, **settings)()
+        return [logps, r], {name: x for name, x in keywords.items() if name not in ("alpha", "beta")}
+
+    return make
+
+
+def negatives(n: int, strong: int, weak: int, scale: float = 3.0, **settings: Any) -> Callable[[], Drawn]:
+    def make() -> Drawn:
+        shapes = [(n,), (n, strong), (n, weak)] * 2
+        return [draw(*shape, scale=scale) for shape in shapes], {"beta": 1.0, **settings}
+
+    return make
+
+
+def blocked() -> Drawn:
+    """Log-probs of minus infinity: a strong negative that cannot happen beside a weak one that can."""
+    given, settings = negatives(5, 70, 2)()
+    given[1][1:3] = -math.inf
+    return given, settings
+
+
+def means(n: int, models: int, scale: float = 3.0, **settings: Any) -> Callable[[], Drawn]:
+    def make() -> Drawn:
+        lengths = torch.randint(1, 30, (n,)).double()
+        return [draw(n, scale=scale), lengths, draw(n, models, shift=-2)], settings
+
+    return make
+
+
+def tokens(sizes: tuple[int, ...], kl: float = 0.0, spread: float = 0.3, **settings: Any) -> Callable[[], Drawn]:
+    def make() -> Drawn:
+        n = sum(sizes)
+        logps, advantages = draw(n, scale=0.5, shift=-2), draw(len(sizes)).abs()
+        advantages[::2] *= -1
+        advantages[len(sizes) // 2] = 0 if len(sizes) > 1 else -1
+        keywords = {"ref_token_logps": logps + draw(n)} if kl else {}
+        return [logps, logps + draw(n, scale=spread), advantages, offsets(*sizes)], {"kl": kl, **keywords, **settings}
+
+    return make
+
+
+def overflowing() -> Drawn:
+    """Ratios of e^1000 and e^-1000, clipped and not, and an advantage of 0."""
+    new = torch.tensor([1000.0, -1000.0, -1000.0, 1000.0, 1000.0, 0.0], dtype=torch.float64)
+    advantages = torch.tensor([1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+    return [new, torch.zeros_like(new), advantages, offsets(1, 1, 1, 3)], {}
+
+
+class Case(NamedTuple):
+    op: str
+    why: str
+    make: Callable[[], Drawn]
+
+
+RAGGED = offsets(2, 5, 131, *[4] * 12, 3)
+EMPTY = (0, 3, 0, 0, 7, 60, 70, 1, 0)
+CASES = [
+    Case("pair_loss", "one pair", pairs(1)),
+    Case("pair_loss", "21 programs, the last not full", pairs(1300)),
+    Case("pair_loss", "no reference, sum", pairs(37, refs=False, reduction="sum")),
+    Case("pair_loss", "label smoothing, each pair", pairs(100, label_smoothing=0.1, reduction="none")),
+    Case("pair_loss", "scores of 1e5: saturated on both sides", pairs(100, 1e5, label_smoothing=0.2)),
+    Case("pair_loss", "beta of 1e-4 on scores of 1e5", pairs(100, 1e5, alpha=1e-4, beta=1e-4)),
+    Case("pair_loss", "losses down to e^-80", pairs(100, 40.0, alpha=1.0, reduction="none")),
+    Case("group_loss", "odd size, several programs", groups((20, 7))),
+    Case("group_loss", "k = 2", groups((3, 2))),
+    Case("group_loss", "groups larger than a block", groups((2, 200), baseline="mean")),
+    Case("group_loss", "ragged, one larger than a block, with a bonus", groups(RAGGED, extra=True)),
+    Case("group_loss", "one group, int32 offsets", groups(offsets(100).int(), baseline="mean")),
+    Case("group_loss", "groups of one, no baseline", groups((70, 1), baseline="none")),
+    Case("group_loss", "no reference, no baseline, ragged", without_reference(groups(RAGGED, baseline="none"))),
+    Case("group_loss", "log-probs of 1e5, rewards of 1e-8", groups((9, 8), 1e5, lambda n: draw(n, scale=1e-8))),
+    Case("group_loss", "rewards of 1e8 a few apart", groups((9, 8), rewards=lambda n: draw(n, scale=30, shift=1e8))),
+    Case("group_loss", "alpha and beta of 1e-4", groups((9, 8), 1e5, alpha=1e-4, beta=1e-4)),
+    Case("variance_loss", "odd size, several programs", groups((20, 7))),
+    Case("variance_loss", "ragged, one larger than a block", groups(RAGGED)),
+    Case("variance_loss", "one group of two, no reference", without_reference(groups((1, 2)))),
+    Case("variance_loss", "log-probs of 1e5, rewards of 1e8", groups((9, 8), 1e5, lambda n: draw(n, scale=1e8))),
+    Case("epa_loss", "one strong, no weak negative", negatives(70, 1, 0)),
+    Case("epa_loss", "more weak ones than a block, no strong", negatives(9, 0, 70, reduction="sum")),
+    Case("epa_loss", "more strong ones than a block, each row", negatives(3, 130, 2, reduction="none")),
+    Case("epa_loss", "margins near 0", negatives(37, 2, 5, 1e-3)),
+    Case("epa_loss", "log-probs of 1e5", negatives(37, 2, 5, 1e5)),
+    Case("epa_loss", "losses down to e^-80", negatives(37, 1, 1, 40.0, reduction="none")),
+    Case("epa_loss", "a block of log-probs of -inf", blocked),
+    Case("poft_loss", "one model", means(1, 1)),
+    Case("poft_loss", "three models, margin, several programs", means(150, 3, beta=1.3, gamma=0.2)),
+    Case("poft_loss", "log-probs of 1e5, each row", means(40, 2, 1e5, reduction="none")),
+    Case("rspo_loss", "k = 2, odd size, several programs", risk((9, 5), k=2)),
+    Case("rspo_loss", "k = n", risk((3, 6), k=6)),
+    Case("rspo_loss", "k = 1: rewards with a baseline", risk((9, 5), k=1)),
+    Case("rspo_loss", "k = 1, ragged, none", risk(RAGGED, k=1, baseline="none")),
+    Case("rspo_loss", "ties, in rewards of 0 and 1", risk((8, 16), lambda n: (draw(n) > 0).double(), k=4)),
+    Case("rspo_loss", "all rewards equal", risk((2, 16), lambda n: torch.full((n,), 0.7), k=4)),
+    Case("rspo_loss", "ragged, two wider than the tile", risk(offsets(3, 20, *[4] * 12, 17, 3), k=3)),
+    Case("rspo_loss", "n = 1000: binomials of 1e299", risk((1, 1000), k=500)),
+    Case("rspo_loss", "rewards of 1e8 a few apart", risk((4, 8), lambda n: draw(n, scale=30, shift=1e8), k=3)),
+    Case("rspo_loss", "rewards of 1e-8 below 0", risk((4, 8), lambda n: draw(n, scale=1e-9, shift=-1e-8), k=3)),
+    Case("token_loss", "one token", tokens((1,))),
+    Case("token_loss", "empty sequences, first, twice and last", tokens(EMPTY)),
+    Case("token_loss", "empty sequences, KL, over tokens", tokens(EMPTY, 0.1, normalize="token", eps_high=0.28)),
+    Case("token_loss", "a long sequence cut over programs", tokens((700,), 0.05)),
+    Case(
+        "token_loss", "more sequences than a power of two, T_max", tokens(tuple(i % 5 for i in range(100)), normalize=9)
+    ),
+    Case("token_loss", "GSPO", tokens(EMPTY, ratio="sequence", eps_low=0.01, eps_high=0.02)),
+    Case("token_loss", "GSPO over tokens with KL", tokens((300, 5, 90), 0.1, ratio="sequence", normalize="token")),
+    Case("token_loss", "nothing clipped: ratios of 1", tokens((50, 40), spread=0.0)),
+    Case("token_loss", "far from the reference: e^d to e^30", tokens((50, 40), 0.1, spread=10.0)),
+    Case("token_loss", "ratios of e^1000, clipped and with no advantage", overflowing),
+]
+
+
+def cast(x: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.detach().clone().to(device, dtype) if x.is_floating_point() else x.to(device)
+
+
+def reference(op: str, given: list[Any], settings: dict[str, Any], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Value and gradients of the plain torch loss at the given numbers, computed on the CPU in dtype."""
+    cpu = torch.device("cpu")
+    args = [cast(x, cpu, dtype) for x in given]
+    policy = [x.requires_grad_() for x in args[: POLICY[op]]]
+    loss = _backends.kernel(op, cpu, "reference")(*args, **{k: cast(x, cpu, dtype) for k, x in settings.items()})
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), policy)]
+
+
+def size_of_terms(coefs: list[torch.Tensor], given: list[Any]) -> float:
+    return sum(float((c.double() * x.cpu()).abs().sum()) for c, x in zip(coefs, given, strict=False))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0)) and torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.why}")
+def test_against_float64_and_plain_torch(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    given, settings = case.make()
+    given = [cast(x, device, dtype) for x in given]
+    settings = {k: cast(x, device, dtype) for k, x in settings.items()}
+    before = [x.clone() for x in (*given, *settings.values()) if isinstance(x, torch.Tensor)]
+    truth = reference(case.op, given, settings, torch.float64)
+    plain = reference(case.op, given, settings, dtype)
+    if dtype == torch.float64 and "a few apart" in case.why:
+        pytest.skip("the reference's own float64 is no better")
+    run = _backends.kernel(case.op, device, "triton")
+    value, coefs = run(*given, **settings)
+    assert len(coefs) == POLICY[case.op]
+    # The terms of a centred group cancel, so float64's truth is only as good as they are large.
+    terms = size_of_terms(truth[1:], given) if dtype == torch.float64 else 0.0
+    for name, ours, other, true in zip(("value", "d0", "d1", "d2"), (value, *coefs), plain, truth, strict=False):
+        assert ours.dtype == dtype
+        # Infinity is right where the truth is out of range: losses unclipped at a ratio of e^1000.
+        finite = true.isfinite()
+        assert torch.equal(ours.cpu().double()[~finite], true[~finite])
+        unit = terms if name == "value" else 0.0
+        assert_as_good(name, ours.cpu()[finite], other[finite], true[finite], dtype, unit=unit)
+    again, coefs_again = run(*given, **settings)
+    assert all(map(same, (value, *coefs), (again, *coefs_again)))
+    after = [x for x in (*given, *settings.values()) if isinstance(x, torch.Tensor)]
+    assert all(map(same, before, after))
+
+
+def test_the_cases_reach_what_they_are_there_for() -> None:
+    """Tokens are clipped on both sides and not, and RSPO's rewards do tie."""
+    (new, old, advantages, cu), _ = tokens(EMPTY)()
+    ratio, a = (new - old).exp(), advantages.repeat_interleave(cu.diff())
+    for hit in ((a > 0) & (ratio > 1.2), (a < 0) & (ratio < 0.8), (a > 0) & (ratio < 1.2), (a < 0) & (ratio > 0.8)):
+        assert hit.sum() > 3
+    (_, rewards), _ = next(c for c in CASES if "ties" in c.why).make()
+    assert set(rewards.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the interpreter's launches")
+@pytest.mark.parametrize("op", sorted({case.op for case in CASES}))
+def test_each_op_is_one_launch(op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    launches, run = [], GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: (launches.append(1), run(self, *a, **k)))
+    given, settings = [case for case in CASES if case.op == op][1].make()
+    _backends.kernel(op, device, "triton")(*given, **settings)
+    assert launches == [1]
+
+
+EMPTIES = {
+    "pair_loss": ([(0,)] * 4, {"alpha": 1.0, "beta": 0.0}),
+    "group_loss": ([(0,)] * 3, {"alpha": 1.0, "beta": 0.0, "group_size": 4}),
+    "variance_loss": ([(0,)] * 3, {"alpha": 1.0, "beta": 0.0, "offsets": offsets()}),
+    "epa_loss": ([(0,), (0, 2), (0, 0)] * 2, {}),
+    "poft_loss": ([(0,), (0,), (0, 3)], {"reduction": "none"}),
+    "rspo_loss": ([(0,)] * 2, {"k": 2, "group_size": 4}),
+    "token_loss": ([(0,), (0,), (2,), offsets(0, 0)], {}),
+}
+
+
+@pytest.mark.parametrize("op", EMPTIES)
+def test_nothing_gives_zero(op: str, device: torch.device) -> None:
+    shapes, settings = EMPTIES[op]
+    given = [torch.ones(x, device=device) if isinstance(x, tuple) else x.to(device) for x in shapes]
+    value, coefs = _backends.kernel(op, device, "triton")(*given, **settings)
+    assert value.tolist() == ([] if settings.get("reduction") == "none" else 0.0)
+    assert [c.shape for c in coefs] == [x.shape for x in given[: POLICY[op]]]
+
+
+@pytest.mark.parametrize("name", public.LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_public_losses(name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each public loss and its gradients, through the table of backends, as the reference gives them."""
+    call, policy, _ = public.LOSSES[name]
+    results = []
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("QEMPO_BACKEND", backend)
+        assert _backends.choose("group_loss", torch.device("cpu")) == backend
+        given = public.data(dtype)
+        for key in policy.split():
+            given[key].requires_grad_()
+        loss = call(given)
+        # An incoming gradient that is not 1.
+        (3 * loss).backward()
+        results.append((loss.detach(), *(given[key].grad for key in policy.split())))
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_public_losses_of_nothing_keep_the_graph(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QEMPO_BACKEND", "triton")
+    logps = torch.zeros(0, device=device, requires_grad=True)
+    qf.qempo_loss(logps, torch.zeros(0, device=device), lam=1.0, group_size=2).backward()
+    assert logps.grad is not None
+    assert logps.grad.shape == (0,)
+
+
+def test_strided_keywords(device: torch.device) -> None:
+    """Positional arguments come contiguous; offsets, bonus and the reference's log-probs may not."""
+    for op, make in (
+        ("group_loss", groups(RAGGED, extra=True)),
+        ("variance_loss", groups(RAGGED)),
+        ("rspo_loss", risk(RAGGED, k=2)),
+        ("token_loss", tokens(EMPTY, 0.1)),
+    ):
+        given, settings = make()
+        given = [cast(x, device, torch.float64) for x in given]
+        settings = {name: cast(x, device, torch.float64) for name, x in settings.items()}
+        strided = {n: torch.stack([x, x], 1)[:, 0] if isinstance(x, torch.Tensor) else x for n, x in settings.items()}
+        assert any(isinstance(x, torch.Tensor) and not x.is_contiguous() for x in strided.values())
+        run = _backends.kernel(op, device, "triton")
+        (want, (coef,)), (got, (other,)) = run(*given, **settings), run(*given, **strided)
+        assert torch.equal(want, got), op
+        assert torch.equal(coef, other), op
+
+
+def test_sums_over_programs_one_after_the_other(device: torch.device) -> None:
+    """The last program to arrive adds up and sets the counter back: launches of any grid may follow one another."""
+    sizes = (1300, 70, 1300, 5000, 600)
+    drawn = {n: [draw(n).float().to(device) for _ in range(2)] for n in sizes}
+    settings = {"alpha": 1.0, "beta": 0.0, "reduction": "sum"}
+    values = [pair_loss_fwd(*drawn[n], None, None, **settings)[0] for n in sizes]
+    assert _loss._HELD
+    assert all(int(counter) == 0 for counter in _loss._HELD.values())
+    for n, value in zip(sizes, values, strict=True):
+        truth = torch.nn.functional.softplus(drawn[n][1].double() - drawn[n][0].double()).sum()
+        assert float(value) == pytest.approx(float(truth), rel=1e-6)
+    assert torch.equal(values[0], values[2])
+
+
+def test_a_counter_for_each_captured_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots are never shared; where there are none yet, or no more, the zeros are the launch's own."""
+    cpu, capturing, waited = torch.device("cpu"), [True], []
+    stream = types.SimpleNamespace(synchronize=lambda: waited.append(1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(_loss, "_SLOTS", 3)
+    monkeypatch.setattr(_loss, "_FREE", {})
+    assert int(_loss._slot(cpu)) == 0
+    assert not _loss._FREE
+    capturing[0] = False
+    slots = [_loss._slot(cpu) for _ in range(5)]
+    assert len({slot.data_ptr() for slot in slots}) == 5
+    assert [int(slot) for slot in slots] == [0] * 5
+    assert waited == [1]
+
+
+@pytest.mark.parametrize("op", [group_loss_fwd, variance_loss_fwd, rspo_loss_fwd], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_spoils_its_own_group(op: Any, reward: float, device: torch.device) -> None:
+    """On a GPU no one looks at rewards unless asked."""
+    cu = offsets(3, 5, 4, 20, 6).to(device)
+    logps, rewards = draw(38).float().to(device), draw(38).float().to(device)
+    settings = {"k": 2} if op is rspo_loss_fwd else {"alpha": 0.3, "beta": 0.0}
+    args = (logps,) if op is rspo_loss_fwd else (logps, None)
+    _, (clean,) = op(*args, rewards, offsets=cu, **settings)
+    rewards[9] = reward
+    value, (coef,) = op(*args, rewards, offsets=cu, **settings)
+    assert not bool(value.isfinite())
+    own = torch.arange(38, device=device) // 4 == 2
+    assert torch.equal(coef[~own], clean[~own])
+    assert not bool(coef[own].isfinite().any())
+
+
+WRONG = {
+    "falls": ([0, 4, 3, 6], [3]),
+    "ends early": ([0, 2, 4], [4, 5]),
+    "starts late": ([2, 4, 6], [0, 1]),
+    "past the end": ([0, 3, 9], [3, 4, 5]),
+    "far outside": ([0, 3, 2**40], [3, 4, 5]),
+    "negative": ([-(2**40), 2, 6], [0, 1]),
+    "none": ([0], [0, 1, 2, 3, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_offsets(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unchecked on a GPU: the loss and every row that no right group holds become NaN."""
+    # Fresh memory is NaN in these tests: a row that no one wrote must show.
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, 7.0))
+    starts, wrong = WRONG[name]
+    cu = torch.tensor(starts, device=device)
+    logps, rewards = -torch.arange(6.0, device=device) - 1, torch.arange(6.0, device=device) ** 2
+    calls = {
+        "group": lambda: group_loss_fwd(logps, None, rewards, alpha=0.1, beta=0.0, offsets=cu),
+        "variance": lambda: variance_loss_fwd(logps, None, rewards, alpha=0.1, beta=0.0, offsets=cu),
+        "rspo": lambda: rspo_loss_fwd(logps, rewards, k=2, offsets=cu),
+        "tokens": lambda: token_loss_fwd(logps, logps + 0.1, rewards[: len(starts) - 1] + 1, cu),
+    }
+    for op, call in calls.items():
+        value, (coef,) = call()
+        assert bool(value.isnan()) or starts == [0], op
+        for i, c in enumerate(coef.tolist()):
+            # Of groups that overlap, a row in both has no right answer.
+            assert c != 7
+            assert math.isnan(c) if i in wrong and name != "falls" else not math.isnan(c) or i in wrong, (op, i)
+
+
+def test_rspo_leaves_groups_beyond_its_registers_to_plain_torch(device: torch.device) -> None:
+    run = _backends.kernel("rspo_loss", device, "triton")
+    logps, rewards = draw(1100).to(device), draw(1100).to(device)
+    for layout in ({"group_size": 1100}, {"offsets": offsets(1060, 40).to(device)}):
+        truth = reference("rspo_loss", [logps, rewards], {"k": 7, **layout}, torch.float64)
+        if device.type != "cpu" and "offsets" in layout:
+            continue  # sizes are not read there
+        value, (coef,) = run(logps, rewards, k=7, **layout)
+        terms = size_of_terms(truth[1:], [logps])
+        assert_as_good("value", value.cpu(), truth[0], truth[0], torch.float64, unit=terms)
+        assert_as_good("coef", coef.cpu(), truth[1], truth[1], torch.float64)
+
+
+def test_rspo_of_unread_sizes(device: torch.device) -> None:
+    """Where sizes are not read, a group of more than 1024 or of fewer than k becomes NaN, alone."""
+    # Many small groups: the tile is narrow, and the large group comes where wide ones are taken.
+    n = 1075 + 4 * 60
+    cu = offsets(5, 1060, 2, 8, *[4] * 60).to(device)
+    logps, rewards = draw(n).to(device), draw(n).to(device)
+    value, (coef,) = rspo_loss_fwd(logps, rewards, k=3, offsets=cu)
+    assert bool(value.isnan())
+    assert bool(coef[5:1067].isnan().all())
+    for part in (slice(0, 5), slice(1067, 1075)):
+        size = part.stop - part.start
+        _, (alone,) = rspo_loss_fwd(logps[part], rewards[part], k=3, group_size=size)
+        torch.testing.assert_close(coef[part] * n, alone * size, rtol=1e-14, atol=0)
+
+
+def test_a_group_of_one_has_no_baseline(device: torch.device) -> None:
+    """The public loss refuses it; unchecked, its coefficient is NaN and no other."""
+    cu, x = offsets(1, 3).to(device), draw(4).to(device)
+    for call in (
+        lambda: group_loss_fwd(x, None, x, alpha=1.0, beta=0.0, offsets=cu),
+        lambda: variance_loss_fwd(x, None, x, alpha=1.0, beta=0.0, offsets=cu),
+    ):
+        _, (coef,) = call()
+        assert coef.isnan().tolist() == [True, False, False, False]
+
+
+def test_advantages_that_are_not_finite(device: torch.device) -> None:
+    """A clipped token of such a sequence is NaN too, not the plausible 0."""
+    cu, old = offsets(2, 2).to(device), torch.zeros(4, device=device)
+    for bad in (math.nan, math.inf, -math.inf):
+        advantages = torch.tensor([bad, 1.0], device=device)
+        _, (coef,) = token_loss_fwd(old + torch.tensor([1.0, -1.0, 0.0, 0.0], device=device), old, advantages, cu)
+        assert not bool(coef[:2].isfinite().any())
+        assert coef[2:].tolist() == [-0.25, -0.25]
