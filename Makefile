@@ -65,7 +65,7 @@ format: setup ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(CXX_FILES) | xargs -r $(BIN)/clang-format -i
 
-# Alone on the machine: 15 minutes on two cores. ARGS=--quick for under a minute.
+# Alone on the machine: 25 minutes on two cores. ARGS=--quick for under a minute.
 bench: setup ## time the ops against their peers, into bench/results/<device>-<date>.json
 	HF_HUB_OFFLINE=1 $(BIN)/qempo-fast bench --json bench/results $(ARGS)
 

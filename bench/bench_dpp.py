@@ -1,22 +1,17 @@
-"""DPP gains, forward and backward, against torch.linalg.
-
-    python bench/bench_dpp.py --threads 1 --json bench/results/dpp_cpu_1.json
-    pytest -o pythonpath=bench bench/bench_dpp.py --benchmark-only       (providers one after another)
+"""DPP gains, forward and backward, against torch.linalg: qempo-fast bench --op dpp.
 
 Peers compute gains alone; the op also gives log-determinants and leave-one-out baselines.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
-from interleave import Step, console, environment, interleaved, reason, relative, require, rows, write
+from interleave import Step, relative, require
+from suite import Provider, Set
 
 import qempo_fast as qf
 
@@ -32,8 +27,17 @@ class Case(NamedTuple):
         return f"G={self.groups} k={self.k} d={self.d}"
 
 
+class Inputs(NamedTuple):
+    """embeddings (G, k, d), incoming (G, k)."""
+
+    embeddings: torch.Tensor
+    incoming: torch.Tensor
+
+
+# The loop costs milliseconds a group.
+SMALL = Case(64, 8, 384)
 # all-MiniLM-L6-v2 has d = 384. Fewer groups at k = 32 and 64, where eager torch needs seconds; the work is linear in G.
-CASES = [
+MAIN = [
     Case(4096, 4, 384),
     Case(4096, 8, 384),
     Case(4096, 16, 384),
@@ -41,10 +45,17 @@ CASES = [
     Case(512, 64, 384),
     Case(4096, 8, 128),
     Case(4096, 8, 1024),
+    SMALL,
 ]
-# The loop costs milliseconds a group.
-SMALL = Case(64, 8, 384)
-TINY = [Case(16, 4, 24), Case(8, 8, 24)]
+SETS = {
+    "quick": Set([SMALL, Case(512, 16, 384)], threads=("all",)),
+    "main": Set(MAIN, threads=("one", "all")),
+    # Against G; 512 at k = 16 is the case that --quick compares.
+    "scaling": Set([Case(512, 16, 384), Case(256, 8, 384), Case(1024, 8, 384), Case(16384, 8, 384)]),
+    "tiny": Set([Case(16, 4, 24), Case(8, 8, 24)], threads=("one",)),
+    # A GPU's case: 268 MB of embeddings.
+    "gpu": Set([Case(4096, 16, 1024), *MAIN]),
+}
 # float32 rounding; of the gradient more, since eager torch inverts in float32.
 LIMITS = {"error_gains": 1e-5, "error_grad": 1e-4}
 
@@ -82,44 +93,50 @@ def ours(backend: str, x: torch.Tensor) -> torch.Tensor:
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
-# name: (kind, how to make the function)
-PROVIDERS: dict[str, tuple[str, Callable[[], Function]]] = {
-    "qempo_fast cpu": ("ours", lambda: functools.partial(ours, "cpu")),
-    "qempo_fast reference": ("ours", lambda: functools.partial(ours, "reference")),
-    "eager inv": ("peer", lambda: eager_inv),
-    "eager cholesky": ("peer", lambda: eager_cholesky),
-    "compile inv": ("peer", lambda: torch.compile(eager_inv, dynamic=False)),
-    "compile cholesky": ("peer", lambda: torch.compile(eager_cholesky, dynamic=False)),
-    "python loop": ("peer", lambda: loop),
+def _ours(backend: str, device: str) -> Provider:
+    def make(case: Case, on: str) -> Function:
+        if on != device:
+            raise RuntimeError(f"the {backend} backend does not run on {on} tensors")
+        return functools.partial(ours, backend)
+
+    return Provider("ours", make)
+
+
+def _loop(case: Case, device: str) -> Function:
+    if case.groups > SMALL.groups:
+        raise RuntimeError(f"takes seconds: timed at {SMALL} only")
+    return loop
+
+
+PROVIDERS: dict[str, Provider] = {
+    "qempo_fast cpu": _ours("cpu", "cpu"),
+    "qempo_fast cuda": _ours("cuda", "cuda"),
+    "qempo_fast triton": _ours("triton", "cuda"),
+    "qempo_fast reference": Provider("ours", lambda case, device: functools.partial(ours, "reference")),
+    "eager inv": Provider("peer", lambda case, device: eager_inv),
+    "eager cholesky": Provider("peer", lambda case, device: eager_cholesky),
+    "compile inv": Provider("peer", lambda case, device: torch.compile(eager_inv, dynamic=False)),
+    "compile cholesky": Provider("peer", lambda case, device: torch.compile(eager_cholesky, dynamic=False)),
+    "python loop": Provider("peer", _loop),
 }
 
 
-def three_passes(x: torch.Tensor) -> Step:
-    """The floor: X read twice, its gradient written once."""
-    out = torch.empty_like(x)
-
-    def run() -> torch.Tensor:
-        x.sum()
-        return torch.neg(x, out=out)
-
-    return Step(run)
-
-
-def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(case: Case, device: str) -> Inputs:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(case, generator=generator), torch.randn(case[:2], generator=generator)
+    made = torch.randn(case, generator=generator), torch.randn(case[:2], generator=generator)
+    return Inputs(*(x.to(device) for x in made))
 
 
-def checked(name: str, case: Case, x: torch.Tensor, incoming: torch.Tensor) -> tuple[Step, dict[str, float]]:
+def checked(name: str, case: Case, made: Inputs) -> tuple[Step, dict[str, float]]:
     """The provider's step, run once, and its errors against float64 on every 64th group (all of a small case)."""
-    leaf = x.requires_grad_()
-    function = PROVIDERS[name][1]()
-    step = Step(lambda: function(leaf), (leaf,), incoming)
+    leaf = made.embeddings.detach().requires_grad_()
+    function = PROVIDERS[name].make(case, str(leaf.device.type))
+    step = Step(lambda: function(leaf), (leaf,), made.incoming, leaf.device.type)
     gains, (grad,), _ = step.run()
     every = slice(None, None, 64 if case.groups > 64 else 1)
-    exact = x.detach()[every].double().requires_grad_()
+    exact = made.embeddings[every].double().requires_grad_()
     truth = qf.reference.dpp_gains(exact).gains
-    (truth_grad,) = torch.autograd.grad(truth, exact, incoming[every].double())
+    (truth_grad,) = torch.autograd.grad(truth, exact, made.incoming[every].double())
     errors = {
         "error_gains": relative(gains[every], truth.detach()),
         "error_grad": relative(grad[every], truth_grad),
@@ -128,63 +145,24 @@ def checked(name: str, case: Case, x: torch.Tensor, incoming: torch.Tensor) -> t
     return step, errors
 
 
-def floors(case: Case) -> dict[str, dict[str, float]]:
-    one = case.groups * case.k * case.d * 4
-    return {mode: {"floor_bytes": passes * one} for mode, passes in (("forward", 1), ("backward", 2), ("full", 3))}
+def baselines(case: Case, made: Inputs) -> dict[str, Step]:
+    """The floor, run: X read twice, its gradient written once, into memory that exists."""
+    x = made.embeddings
+    out = torch.empty_like(x)
+
+    def run() -> torch.Tensor:
+        x.sum()
+        return torch.neg(x, out=out)
+
+    return {"three passes": Step(run, device=x.device.type)}
 
 
-def run_case(case: Case, names: list[str], rounds: int) -> list[dict]:
-    x, incoming = inputs(case)
-    table: list[dict] = []
-    steps, bases = {}, {}
-    for name in names:
-        base: dict[str, Any] = {
-            "case": str(case), "groups": case.groups, "k": case.k, "d": case.d, "provider": name,
-            "kind": PROVIDERS[name][0],
-        }  # fmt: skip
-        if name == "python loop" and case.groups > SMALL.groups:
-            table.append({**base, "reason": f"takes seconds: timed at {SMALL} only"})
-            continue
-        try:
-            steps[name], errors = checked(name, case, x, incoming)
-        except (ImportError, RuntimeError) as error:
-            table.append({**base, "reason": reason(error)})
-            continue
-        bases[name] = {**base, **errors}
-    steps["three passes"] = three_passes(x.detach())
-    bases["three passes"] = {**base, "provider": "three passes", "kind": "floor"}
-    for name, samples in interleaved(steps, rounds, 0.25).items():
-        table += rows(bases[name], samples, floors(case))
-    return table
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--providers", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--tiny", action="store_true", help="two tiny cases, to see that everything runs")
-    parser.add_argument("--json", type=Path, required=True)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    header, table = environment(()), []
-    for case in TINY if args.tiny else [*CASES, SMALL]:
-        console.print(str(case))
-        table += run_case(case, args.providers, args.rounds)
-        # A compiled function is tied to its shapes; without this the eighth case would meet dynamo's limit.
-        torch.compiler.reset()
-    write(args.json, {**header, "rounds": args.rounds}, table)
-
-
-@pytest.mark.parametrize("name", PROVIDERS)
-@pytest.mark.parametrize("case", [*CASES, SMALL], ids=str)
-def test_dpp(benchmark: Any, case: Case, name: str) -> None:
-    if name == "python loop" and case != SMALL:
-        pytest.skip("takes seconds")
-    step, _ = checked(name, case, *inputs(case))
-    benchmark.group = str(case)
-    benchmark.pedantic(step.run, rounds=10, warmup_rounds=1)
-
-
-if __name__ == "__main__":
-    main()
+def floors(case: Case) -> dict[str, dict[str, Any]]:
+    """X read forward; read and its gradient written backward. Gram: half of k^2 products of length d; pull-back all."""
+    one = case.groups * case.k * case.d
+    gram, pull_back = one * (case.k + 1), one * case.k * 2
+    return {
+        "forward": {"floor_bytes": 4 * one, "floor_flops": gram},
+        "backward": {"floor_bytes": 8 * one, "floor_flops": pull_back},
+        "full": {"floor_bytes": 12 * one, "floor_flops": gram + pull_back},
+    }

@@ -83,7 +83,13 @@ bench() {
   local name; name=$("$PY" -c 'import torch; print(torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "rehearsal")')
   mkdir -p "$OUT/results"
   local quick=(); [ "$REHEARSE" = 1 ] && quick=(--quick)
-  env -u TRITON_INTERPRET "$VENV/bin/qempo-fast" bench --device "$device" "${quick[@]}" --json "$OUT/results/$name-$(date +%F).json"
+  # A file for each op: what is measured stays when time runs out.
+  local op status=0
+  for op in logps dpp losses; do
+    env -u TRITON_INTERPRET "$VENV/bin/qempo-fast" bench --op $op --device "$device" "${quick[@]}" \
+      --json "$OUT/results/$name-$(date +%F)-$op.json" || status=1
+  done
+  return $status
 }
 
 # Counters of the three hot kernels. The clocks stay as they are.

@@ -1,13 +1,13 @@
 """Times several providers of one op turn by turn, so that a slow minute of the machine hits all of them alike.
 
-pytest-benchmark finishes one provider before it starts the next; the committed rows come from here. A row's median is
-the smallest of the rounds' medians: on a shared machine other work only ever adds time. p20 and p80 are over all
-samples.
+A row's median is the smallest of the turns' medians: on a shared machine other work only ever adds time. p20 and p80
+are over all samples. turn_ms has each turn's median, so that two runs can be compared turn by turn.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -25,63 +25,121 @@ from rich.console import Console
 
 import qempo_fast as qf
 
-RESULTS = Path(__file__).parent / "results"
 MODES = ("forward", "backward", "full")
 # Steps of more seconds than this take every third turn only.
 SLOW = 4.0
+# Cycles that a GPU spins while the host queues what is timed: half a millisecond, some hundred launches.
+QUEUE_CYCLES = 1_000_000
 console = Console()
+
+
+class HostClock:
+    """Wall time."""
+
+    def start(self) -> float:
+        return time.perf_counter()
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def milliseconds(self, first: float, last: float) -> float:
+        return (last - first) * 1e3
+
+
+class EventClock:
+    """GPU time between events: L2 is overwritten first, and a spin lets the host queue the work before it starts.
+
+    Not yet run on a GPU.
+    """
+
+    def __init__(self, cuda: Any = torch.cuda, device: str = "cuda") -> None:
+        self._cuda = cuda
+        # Twice L2: what was in it is gone whatever the replacement policy.
+        size = 2 * cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def start(self) -> Any:
+        self._flush.zero_()
+        self._cuda._sleep(QUEUE_CYCLES)
+        return self.mark()
+
+    def mark(self) -> Any:
+        event = self._cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, first: Any, last: Any) -> float:
+        last.synchronize()
+        return first.elapsed_time(last)
+
+
+@functools.cache
+def clock(device: str) -> HostClock | EventClock:
+    return EventClock() if device == "cuda" else HostClock()
 
 
 @dataclass
 class Step:
-    """One provider on one case: function's output, then its gradient in leaves for a fixed incoming gradient."""
+    """One provider on one case: function's output, then its gradient in leaves for a fixed incoming gradient.
+
+    update, where given, takes the gradients and belongs to the whole step: an optimiser's.
+    """
 
     function: Callable[[], torch.Tensor]
     leaves: Sequence[torch.Tensor] = ()
     incoming: torch.Tensor | None = None
+    device: str = "cpu"
+    update: Callable[[tuple[torch.Tensor, ...]], None] | None = None
 
     def run(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[float]]:
-        """(output, gradients, milliseconds of forward, backward and both); without leaves, of the forward alone."""
-        start = time.perf_counter()
+        """(output, gradients, milliseconds of forward, backward and all); without leaves, of the forward alone."""
+        time_ = clock(self.device)
+        start = time_.start()
         out = self.function()
-        middle = time.perf_counter()
+        middle = time_.mark()
         if not self.leaves:
-            return out, (), [(middle - start) * 1e3]
+            return out, (), [time_.milliseconds(start, middle)]
         grads = torch.autograd.grad(out, self.leaves, self.incoming)
-        end = time.perf_counter()
-        return out.detach(), grads, [(b - a) * 1e3 for a, b in ((start, middle), (middle, end), (start, end))]
+        backward = time_.mark()
+        if self.update is not None:
+            self.update(grads)
+        end = time_.mark()
+        pairs = ((start, middle), (middle, backward), (start, end))
+        return out.detach(), grads, [time_.milliseconds(a, b) for a, b in pairs]
 
 
-def interleaved(steps: dict[str, Step], rounds: int, seconds: float) -> dict[str, list[list[list[float]]]]:
-    """Samples[round][repetition][mode] of each step, taken in turns whose order rotates; slow steps skip turns.
+def interleaved(steps: dict[str, Step], rounds: int, seconds: float) -> dict[str, dict[int, list[list[float]]]]:
+    """Samples[turn][repetition][mode] of each step, taken in turns whose order rotates; slow steps skip turns.
 
     A turn repeats its step until about that many seconds are spent, so that short steps get more samples.
     """
     once = {name: step.run()[2][-1] / 1e3 for name, step in steps.items()}
     repeats = {name: min(20, max(1, round(seconds / time_))) for name, time_ in once.items()}
-    samples: dict[str, list[list[list[float]]]] = {name: [] for name in steps}
+    samples: dict[str, dict[int, list[list[float]]]] = {name: {} for name in steps}
     names = list(steps)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if turn % 3 and once[name] > SLOW:
                 continue
-            samples[name].append([steps[name].run()[2] for _ in range(repeats[name])])
+            samples[name][turn] = [steps[name].run()[2] for _ in range(repeats[name])]
             # The first run may have met other work.
-            once[name] = min(once[name], *(s[-1] / 1e3 for s in samples[name][-1]))
+            once[name] = min(once[name], *(s[-1] / 1e3 for s in samples[name][turn]))
     return samples
 
 
-def timings(samples: list[list[list[float]]]) -> dict[str, dict[str, float]]:
-    """Median (smallest of the rounds'), p20 and p80 of each mode, in milliseconds."""
+def timings(samples: dict[int, list[list[float]]]) -> dict[str, dict[str, Any]]:
+    """Median (smallest of the turns'), p20, p80 and each turn's median of each mode, in milliseconds."""
     out = {}
-    for i, mode in enumerate(MODES[: len(samples[0][0])]):
-        times = sorted(s[i] for turn in samples for s in turn)
+    modes = len(next(iter(samples.values()))[0])
+    for i, mode in enumerate(MODES[:modes]):
+        times = sorted(s[i] for turn in samples.values() for s in turn)
+        turns = {turn: statistics.median(s[i] for s in taken) for turn, taken in samples.items()}
         out[mode] = {
-            "median_ms": min(statistics.median(s[i] for s in turn) for turn in samples),
+            "median_ms": min(turns.values()),
             "p20_ms": times[len(times) // 5],
             "p80_ms": times[(len(times) * 4) // 5],
             "samples": len(times),
-            "turns": len(samples),
+            "turn_ms": {str(turn): value for turn, value in turns.items()},
         }
     return out
 
@@ -99,21 +157,32 @@ def require(name: str, errors: dict[str, float], limits: dict[str, float]) -> No
             raise ValueError(f"{name}: {key} {errors[key]:.3g}, wanted at most {limit:.3g}")
 
 
-def rows(base: dict[str, Any], samples: list[list[list[float]]], floors: dict[str, dict[str, float]]) -> list[dict]:
+def rows(base: dict[str, Any], samples: dict[int, list[list[float]]], floors: dict[str, dict[str, float]]) -> list:
     """One row for each mode."""
     return [{**base, "mode": mode, **time_, **floors.get(mode, {})} for mode, time_ in timings(samples).items()]
 
 
 def add_ratios(table: list[dict]) -> None:
-    """ratio: the best peer's median over the row's own, in the same case and mode; above 1 is faster than it."""
+    """ratio_to_best_peer: the best peer's median over the row's own, in one case and mode; above 1 is faster than it.
+
+    ratio_low and ratio_high: the least and the most that one turn alone would say.
+    """
     for row in table:
+        if "median_ms" not in row or row["kind"] == "floor":
+            continue
         peers = [
-            r["median_ms"]
-            for r in table
-            if r["kind"] == "peer" and "mode" in r and (r["case"], r["mode"]) == (row["case"], row.get("mode"))
-        ]
-        if peers and "median_ms" in row:
-            row["ratio_to_best_peer"] = min(peers) / row["median_ms"]
+            r for r in table
+            if r["kind"] == "peer" and "median_ms" in r
+            and all(r.get(key) == row.get(key) for key in ("op", "case", "threads", "mode"))
+        ]  # fmt: skip
+        if not peers:
+            continue
+        best = min(peers, key=lambda r: r["median_ms"])
+        both = best["turn_ms"].keys() & row["turn_ms"].keys()
+        ratios = [best["turn_ms"][turn] / row["turn_ms"][turn] for turn in both]
+        row["best_peer"] = best["provider"]
+        row["ratio_to_best_peer"] = best["median_ms"] / row["median_ms"]
+        row["ratio_low"], row["ratio_high"] = min(ratios), max(ratios)
 
 
 def reason(error: BaseException) -> str:
@@ -143,32 +212,25 @@ def _git(*words: str) -> str:
     return out.stdout.strip()
 
 
-def environment(peers: Sequence[str]) -> dict[str, Any]:
+def environment(peers: Sequence[str], device: str = "cpu") -> dict[str, Any]:
     """What a row depends on beside its case."""
     # Only what can change a timing: the kernels and the package, not the pages.
     changed = bool(_git("status", "--porcelain", "--", "../qempo_fast", "../csrc", "../kernels"))
     return {
-        "device": "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "qempo_fast": qf.__version__,
         "peers": {name: _version(name) for name in peers},
-        "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
+        "commit": (_git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "load_before": os.getloadavg(),
     }
 
 
 def write(path: Path, header: dict[str, Any], table: list[dict]) -> None:
-    add_ratios(table)
+    """The run as JSON: what it depends on, then its rows."""
     header = {**header, "load_after": os.getloadavg()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**header, "rows": table}, indent=1) + "\n")
-    for row in table:
-        if row.get("mode", "full") in ("full", "forward"):
-            console.print(
-                row["case"], row["provider"], row.get("mode", ""),
-                f"{row['median_ms']:.2f} ms" if "median_ms" in row else row.get("reason", ""),
-                f"x{row['ratio_to_best_peer']:.2f}" if "ratio_to_best_peer" in row else "", highlight=False,
-            )  # fmt: skip

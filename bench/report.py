@@ -1,6 +1,6 @@
-"""Writes the tables and goals of docs/ and their pictures from bench/results/*.json.
+"""Writes the tables and pictures of README.md and docs/ from bench/results alone.
 
-    python bench/report.py            (--check: only say whether the tables are up to date)
+    python -P bench/report.py            (--check: only say whether the tables are up to date)
 
 A table stands between <!-- bench:NAME --> and <!-- /bench:NAME -->.
 """
@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
-DPP = ["dpp_cpu_1", "dpp_cpu_2"]
-LOGPS = ["logps_cpu_float32", "logps_cpu_bfloat16"]
-OURS, SAMPLED, EXACT = "qempo_fast cpu", "qempo_fast sampled", "qempo_fast exact"
+sys.path.insert(0, str(Path(__file__).parent))
+
+from results import FOLDER, ROOT, SAMPLED_ERROR, cases, headline, load, one, pick, threads
+from show import EXTRA, milliseconds, percent_of_floor
+
+CPU, SAMPLED, EXACT = "qempo_fast cpu", "qempo_fast sampled", "qempo_fast exact"
 TRL, PLAIN = "TRL ChunkedLogProbFunction", "plain torch"
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+EAGER, COMPILE = ("eager inv", "eager cholesky"), ("compile inv", "compile cholesky")
+ENGLISH = "SmolLM2-135M English text"
+# What stands for an op in README: its public modes.
+HEADLINE = {
+    "logps": (SAMPLED, f"{SAMPLED} 2^-10", EXACT),
+    "dpp": (CPU,),
+    "losses": ("qempo_fast cpu",),
+    "step": ("TRL with use_fused_logps", "TRL with use_fused_logps, sampled", "qempo_fast", "qempo_fast sampled"),
+}
+NOT_YET = "No results are committed yet."
+Rows = list[dict[str, Any]]
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -32,64 +41,164 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])
 
 
-def threads(run: dict[str, Any]) -> str:
-    return "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
+def where(rows: Rows) -> str:
+    """One line on what the numbers depend on; more where several runs are in the table."""
+    lines = []
+    for run in {r["run"]["date"]: r["run"] for r in rows}.values():
+        peers = "".join(f", {name} {version}" for name, version in run["peers"].items() if version)
+        load_average = f"{run['load_before'][0]:.1f} before and {run['load_after'][0]:.1f} after"
+        lines.append(
+            f"{run['cpu']}, {run['cores']} cores, device {run['device']}; torch {run['torch']}, qempo_fast "
+            f"{run['qempo_fast']} at {run['commit']}{peers}; {run['date']}; {run['rounds']} interleaved rounds; "
+            f"load average {load_average}."
+        )
+    return "\n".join(lines)
 
 
-def where(run: dict[str, Any]) -> str:
-    """One line on what the numbers depend on."""
-    peers = "".join(f", {name} {version}" for name, version in run["peers"].items() if version)
-    load = f"{run['load_before'][0]:.1f} before and {run['load_after'][0]:.1f} after"
-    return (
-        f"{run['cpu']}, {run['cores']} cores, {threads(run)}; torch {run['torch']}, "
-        f"qempo_fast {run['qempo_fast']} at {run['commit']}{peers}; {run['date']}; {run['rounds']} interleaved rounds; "
-        f"load average {load}."
-    )
+def ms(row: dict | None) -> str:
+    return "-" if row is None else milliseconds(row["median_ms"])
 
 
-def of(rows: list[dict], provider: str, mode: str = "full", **wanted: Any) -> dict | None:
-    """The one timed row, or None."""
-    for row in rows:
-        if row["provider"] == provider and row.get("mode") == mode and all(row[k] == v for k, v in wanted.items()):
-            return row
-    return None
+def fastest(rows: Rows, names: tuple[str, ...], **wanted: Any) -> dict:
+    found = [r for r in (one(rows, provider=name, **wanted) for name in names) if r is not None]
+    return min(found, key=lambda r: r["median_ms"])
 
 
-def median(rows: list[dict], provider: str, mode: str = "full", **wanted: Any) -> float | None:
-    row = of(rows, provider, mode, **wanted)
-    return None if row is None else row["median_ms"]
+def times(slow: dict, fast: dict) -> float:
+    return slow["median_ms"] / fast["median_ms"]
 
 
-def milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+def readme(rows: Rows) -> str:
+    """One line for each main case and public mode, losing ones too."""
+    lines = []
+    timed = pick(rows, mode="full")
+    for op, names in HEADLINE.items():
+        for case, n in cases(pick(timed, op=op, set=headline, threads=lambda n: n > 1)):
+            if op == "losses":
+                continue
+            here = pick(timed, op=op, case=case, threads=n)
+            for mine in (r for name in names for r in here if r["provider"] == name):
+                best = one(here, provider=mine["best_peer"])
+                percent = percent_of_floor(mine)
+                ratio = f"{mine['ratio_to_best_peer']:.2f}"
+                lines.append(
+                    [op, case, mine["provider"], ms(mine), f"{best['provider']}, {ms(best)}",
+                     f"**{ratio}**" if mine["ratio_to_best_peer"] >= 1 else ratio,
+                     f"{mine['ratio_low']:.2f}-{mine['ratio_high']:.2f}", f"{percent:.0f}" if percent else ""]
+                )  # fmt: skip
+    lines += _all_losses(pick(timed, op="losses", set=headline, provider=HEADLINE["losses"][0]))
+    if not lines:
+        return NOT_YET
+    head = ["op", "case", "ours", "ms", "best peer, ms", "peer / ours", "over the turns", "% of floor"]
+    return f"{where(timed)}\n\n{table(head, lines)}"
 
 
-def fastest(rows: list[dict], names: tuple[str, ...], **wanted: Any) -> float:
-    return min(m for m in (median(rows, name, **wanted) for name in names) if m is not None)
+def _all_losses(ours: Rows) -> list[list[str]]:
+    """Twenty losses in one line: the least and the most of each column."""
+    ours = [r for r in ours if r["threads"] == max(o["threads"] for o in ours)]
+    if not ours:
+        return []
+
+    def span(values: list[float], form: str) -> str:
+        return f"{form.format(min(values))} to {form.format(max(values))}"
+
+    times_ = span([r["median_ms"] for r in ours], "{:.3g}")
+    peers = span([r["median_ms"] * r["ratio_to_best_peer"] for r in ours], "{:.3g}")
+    ratios = span([r["ratio_to_best_peer"] for r in ours], "{:.2f}")
+    turns = f"{min(r['ratio_low'] for r in ours):.2f}-{max(r['ratio_high'] for r in ours):.2f}"
+    floor = span([percent_of_floor(r) or 0.0 for r in ours], "{:.0f}")
+    names = " or ".join(sorted({r["best_peer"] for r in ours}))
+    lost = sum(r["ratio_to_best_peer"] < 1 for r in ours)
+    case = f"each of {len(ours)} cases" + (f", slower in {lost}" if lost else "")
+    return [["losses", case, ours[0]["provider"], times_, f"{names}, {peers}", ratios, turns, floor]]
 
 
-EAGER, COMPILE = ("eager inv", "eager cholesky"), ("compile inv", "compile cholesky")
-
-
-def dpp_table() -> str:
+def everything(rows: Rows) -> str:
+    """Every row of every op."""
     parts = []
-    for run in map(load, DPP):
-        rows = run["rows"]
+    for op in HEADLINE:
+        for case, n in cases(pick(rows, op=op)):
+            here = pick(rows, op=op, case=case, threads=n)
+            parts.append(f"**{op}: {case}, {threads(here[0])}**{entropy(here)}\n\n{providers(here)}")
+    return "\n\n".join(parts) or NOT_YET
+
+
+def entropy(rows: Rows) -> str:
+    nats = next((r["entropy_nats"] for r in rows if r.get("entropy_nats") is not None), None)
+    return "" if nats is None else f", entropy {nats:.2f} nats"
+
+
+def providers(rows: Rows) -> str:
+    """One line for each provider of one case, those that did not run last."""
+    extra = {key: shown for key, shown in {**EXTRA, "kept_mib": ("kept MiB", "{:.0f}")}.items()
+             if any(r.get(key) is not None for r in rows)}  # fmt: skip
+    lines, missing = [], []
+    for name in dict.fromkeys(r["provider"] for r in rows):
+        mine = {r.get("mode"): r for r in rows if r["provider"] == name}
+        failed = next((r["reason"] for r in mine.values() if "reason" in r), None)
+        whole = mine.get("full", mine.get("forward"))
+        if failed is not None and whole is None:
+            missing.append([name, f"did not run: {failed}", *[""] * (5 + len(extra))])
+            continue
+        if whole is None:
+            sizes = ["" if mine["memory"].get(key) is None else form.format(mine["memory"][key])
+                     for key, (_, form) in extra.items()]  # fmt: skip
+            lines.append([name, *[""] * 6, *sizes])
+            continue
+        cells = [ms(mine.get(mode)) for mode in ("forward", "backward", "full")]
+        cells.append(f"{milliseconds(whole['p20_ms'])}-{milliseconds(whole['p80_ms'])}")
+        ratio, percent = whole.get("ratio_to_best_peer"), percent_of_floor(whole)
+        cells += ["" if ratio is None else f"{ratio:.2f}",
+                  f"{percent:.0f}" if percent and whole["kind"] != "floor" else ""]  # fmt: skip
+        merged: dict[str, Any] = {key: value for row in mine.values() for key, value in row.items()}
+        cells += ["" if merged.get(key) is None else form.format(merged[key]) for key, (_, form) in extra.items()]
+        lines.append([f"**{name}**" if whole["kind"] == "ours" else name, *cells])
+    head = ["provider", "forward", "backward", "both", "p20-p80", "best peer / this", "% of floor"]
+    return table(head + [head_ for head_, _ in extra.values()], lines + missing)
+
+
+def dpp_table(rows: Rows) -> str:
+    parts = []
+    for n in sorted({r["threads"] for r in pick(rows, op="dpp")}):
+        timed = pick(rows, op="dpp", threads=n)
         lines = []
-        for case in dict.fromkeys(r["case"] for r in rows):
-            here = [r for r in rows if r["case"] == case]
-            mine, eager, comp = median(here, OURS), fastest(here, EAGER), fastest(here, COMPILE)
-            floor = median(here, "three passes", "forward")
+        for case in dict.fromkeys(r["case"] for r in timed):
+            here = pick(timed, case=case)
+            mine, eager, comp = one(here, provider=CPU), fastest(here, EAGER), fastest(here, COMPILE)
             lines.append(
-                [case, milliseconds(median(here, OURS, "forward")), f"**{milliseconds(mine)}**",
-                 milliseconds(median(here, "qempo_fast reference")), milliseconds(eager), milliseconds(comp),
-                 milliseconds(median(here, "python loop")), milliseconds(floor),
-                 f"{eager / mine:.1f}", f"{comp / mine:.1f}"]
+                [case, ms(one(here, provider=CPU, mode="forward")), f"**{ms(mine)}**",
+                 ms(one(here, provider="qempo_fast reference")), ms(eager), ms(comp),
+                 ms(one(here, provider="python loop")), ms(one(here, provider="three passes", mode="forward")),
+                 f"{times(eager, mine):.1f}", f"{times(comp, mine):.1f}"]
             )  # fmt: skip
         head = ["case", "forward", "forward + backward", "reference", "eager", "compile", "loop", "three passes",
                 "eager / ours", "compile / ours"]  # fmt: skip
-        parts.append(f"{where(run)}\n\n{table(head, lines)}")
-    return "\n\n".join(parts)
+        parts.append(f"{threads(timed[0])}. {where(timed)}\n\n{table(head, lines)}")
+    return "\n\n".join(parts) or NOT_YET
+
+
+def losses_table(rows: Rows) -> str:
+    """Microseconds of the main cases, forward and backward."""
+
+    def us(row: dict | None) -> str:
+        return "-" if row is None else f"{1000 * row['median_ms']:.0f}"
+
+    parts = []
+    for n in sorted({r["threads"] for r in pick(rows, op="losses", set="main")}):
+        timed = pick(rows, op="losses", set="main", threads=n)
+        lines = []
+        for case in dict.fromkeys(r["case"] for r in timed):
+            here = pick(timed, case=case)
+            mine, eager, comp, least = (
+                one(here, provider=name) for name in (CPU, "eager", "compile", "empty autograd function")
+            )
+            ratios = [f"{times(peer, mine):.1f}" if peer else "-" for peer in (eager, comp)]
+            forward = us(one(here, provider=CPU, mode="forward"))
+            lines.append([case, forward, f"**{us(mine)}**", us(eager), us(comp), us(least), *ratios])
+        head = ["case", "forward", "forward + backward", "eager", "compile", "empty function", "eager / ours",
+                "compile / ours"]  # fmt: skip
+        parts.append(f"{threads(timed[0])}, microseconds. {where(timed)}\n\n{table(head, lines)}")
+    return "\n\n".join(parts) or NOT_YET
 
 
 def goal(what: str, wanted: float, got: float, at_least: bool = True) -> list[str]:
@@ -100,88 +209,86 @@ def goal(what: str, wanted: float, got: float, at_least: bool = True) -> list[st
 GOAL_HEAD = ["goal", "wanted", "measured", "reached"]
 
 
-def dpp_goals() -> str:
+def dpp_goals(rows: Rows) -> str:
     lines = []
-    for run in map(load, DPP):
-        rows = run["rows"]
-        for k, d, eager, comp in ((4, 384, 4, 3), (8, 384, 6, 3), (16, 384, 6, 3), (32, 384, 1, 1), (64, 384, 1, 1)):
-            case = {"k": k, "d": d, "groups": max(r["groups"] for r in rows if r["k"] == k)}
-            mine, name = median(rows, OURS, **case), f"k = {k}, {threads(run)}"
-            lines.append(goal(f"eager / ours, {name}", eager, fastest(rows, EAGER, **case) / mine))
-            lines.append(goal(f"compile / ours, {name}", comp, fastest(rows, COMPILE, **case) / mine))
-    return table(GOAL_HEAD, lines)
-
-
-def logps_table() -> str:
-    parts = []
-    for run in map(load, LOGPS):
-        rows, lines = run["rows"], []
-        memory = memory_of(rows[0]["dtype"])
-        for name in dict.fromkeys(r["provider"] for r in sorted(rows, key=lambda r: "reason" in r)):
-            row = of(rows, name) or of(rows, name, "forward")
-            if row is None:
-                why = next(r["reason"] for r in rows if r["provider"] == name)
-                lines.append([name, f"did not run: {why}", "", "", "", "", "", "", ""])
+    for n in sorted({r["threads"] for r in pick(rows, op="dpp")}):
+        timed = pick(rows, op="dpp", threads=n, d=384)
+        for k, eager, comp in ((4, 4, 3), (8, 6, 3), (16, 6, 3), (32, 1, 1), (64, 1, 1)):
+            sizes = [r["groups"] for r in timed if r["k"] == k and r["groups"] <= 4096]
+            if not sizes:
                 continue
-            mine, full = name.startswith("qempo_fast"), row["mode"] == "full"
-            cells = [milliseconds(median(rows, name, mode)) for mode in ("forward", "backward", "full")]
-            if full:
-                mib = memory[name]
-                cells += [f"{mib[key]:.0f}" for key in ("memory_mib", "kept_mib")]
-                cells += [f"{row[key]:.1e}" for key in ("error_hidden", "error_weight")]
-                cells.append(f"{row['ratio_to_best_peer']:.2f}")
-            else:
-                cells += [""] * 5
-            lines.append([f"**{name}**" if mine else name, *cells])
-        head = ["provider", "forward", "backward", "both", "MiB", "kept", "error dH", "error dW", "best peer / this"]
-        parts.append(f"{rows[0]['case']}. {where(run)}\n\n{table(head, lines)}")
-    return "\n\n".join(parts)
+            case = {"k": k, "groups": max(sizes)}
+            mine, name = one(timed, provider=CPU, **case), f"k = {k}, {threads(timed[0])}"
+            lines.append(goal(f"eager / ours, {name}", eager, times(fastest(timed, EAGER, **case), mine)))
+            lines.append(goal(f"compile / ours, {name}", comp, times(fastest(timed, COMPILE, **case), mine)))
+    return table(GOAL_HEAD, lines) if lines else NOT_YET
 
 
-def memory_of(dtype: str) -> dict[str, dict[str, float]]:
-    """Memory rows by provider, empty where a provider was not measured."""
-    return {row["provider"]: row for row in load(f"logps_cpu_memory_{dtype}")["rows"]}
+def _main_logps(rows: Rows) -> list[Rows]:
+    """The rows of the main log-prob cases, one list for each dtype."""
+    main = pick(rows, op="logps", source=ENGLISH, n=2048)
+    return [pick(main, dtype=dtype) for dtype in ("float32", "bfloat16") if pick(main, dtype=dtype)]
 
 
-def _logps_goals(run: dict[str, Any], plain: float, trl: float) -> list[list[str]]:
-    rows = run["rows"]
-    dtype = rows[0]["dtype"]
-    mine, exact = of(rows, SAMPLED), of(rows, EXACT)
-    gemm = median(rows, "GEMMs of sampled's forward", "forward")
-    lines = [goal(f"plain torch / sampled, {dtype}", plain, median(rows, PLAIN) / mine["median_ms"])]
-    if median(rows, TRL) is not None:
-        lines.append(goal(f"TRL / sampled, {dtype}", trl, median(rows, TRL) / mine["median_ms"]))
-    both = mine["median_ms"] / gemm
-    lines.append(goal(f"sampled forward + backward / its forward GEMMs, {dtype}", 1.35, both, False))
-    forward = of(rows, SAMPLED, "forward")["median_ms"]
-    lines.append(goal(f"sampled forward / its GEMMs, {dtype}", 1.15, forward / gemm, False))
-    forward = of(rows, EXACT, "forward")["median_ms"]
-    bare = median(rows, "GEMMs of exact's forward", "forward")
-    lines.append(goal(f"exact forward / its GEMMs, {dtype}", 1.15, forward / bare, False))
-    plain_row = of(rows, PLAIN)
-    memory = memory_of(dtype)
-    share = memory[SAMPLED]["memory_mib"] / memory[PLAIN]["memory_mib"]
-    lines.append(goal(f"memory, sampled / plain, {dtype}", 0.08, share, False))
-    if dtype == "bfloat16":
-        for name in (SAMPLED, f"{SAMPLED} 2^-10"):
-            for key in ("error_hidden", "error_weight"):
-                ratio = of(rows, name)[key] / plain_row[key]
-                lines.append(goal(f"{key}, {name} / plain, {dtype}", 1.1, ratio, False))
-    for peer in (TRL, "torch linear_cross_entropy", "cut-cross-entropy torch_compile"):
-        if median(rows, peer) is not None:
-            lines.append(goal(f"{peer} / exact, {dtype}", 1.0, median(rows, peer) / exact["median_ms"]))
-    return lines
+def logps_table(rows: Rows) -> str:
+    parts = [f"{here[0]['case']}, {threads(here[0])}{entropy(here)}. {where(here)}\n\n{providers(here)}"
+             for here in _main_logps(rows)]  # fmt: skip
+    return "\n\n".join(parts) or NOT_YET
 
 
-def logps_goals() -> str:
-    wanted = ((4.5, 4.0), (3.0, 11.0))
-    parts = [_logps_goals(run, plain, trl) for run, (plain, trl) in zip(map(load, LOGPS), wanted, strict=True)]
-    return table(GOAL_HEAD, [line for part in parts for line in part])
+def logps_goals(rows: Rows) -> str:
+    wanted = {"float32": (4.5, 4.0), "bfloat16": (3.0, 11.0)}
+    lines = []
+    for here in _main_logps(rows):
+        dtype = here[0]["dtype"]
+        mine, exact, plain, trl = (one(here, provider=name) for name in (SAMPLED, EXACT, PLAIN, TRL))
+        over_plain, over_trl = wanted[dtype]
+        lines.append(goal(f"plain torch / sampled, {dtype}", over_plain, times(plain, mine)))
+        lines.append(goal(f"TRL / sampled, {dtype}", over_trl, times(trl, mine)))
+        gemms = {
+            mode: one(here, provider=f"GEMMs of {mode}'s forward", mode="forward") for mode in ("sampled", "exact")
+        }
+        both = times(mine, gemms["sampled"])
+        lines.append(goal(f"sampled forward + backward / its forward GEMMs, {dtype}", 1.35, both, False))
+        for mode, name in (("sampled", SAMPLED), ("exact", EXACT)):
+            share = times(one(here, provider=name, mode="forward"), gemms[mode])
+            lines.append(goal(f"{mode} forward / its GEMMs, {dtype}", 1.15, share, False))
+        memory = [one(here, provider=name, mode="memory") for name in (SAMPLED, PLAIN)]
+        if all(m is not None and "memory_mib" in m for m in memory):
+            share = memory[0]["memory_mib"] / memory[1]["memory_mib"]
+            lines.append(goal(f"memory, sampled / plain, {dtype}", 0.08, share, False))
+        if dtype == "bfloat16":
+            for name in (SAMPLED, f"{SAMPLED} 2^-10"):
+                for key in ("error_hidden", "error_weight"):
+                    ratio = one(here, provider=name)[key] / plain[key]
+                    lines.append(goal(f"{key}, {name} / plain, {dtype}", 1.1, ratio, False))
+        for peer in pick(here, kind="peer", mode="full"):
+            if peer["provider"] != PLAIN:
+                lines.append(goal(f"{peer['provider']} / exact, {dtype}", 1.0, times(peer, exact)))
+    return table(GOAL_HEAD, lines) if lines else NOT_YET
 
 
-BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
+def sampled_error(_: Rows) -> str:
+    """Kept share and errors of one draw at each tau, a line for each input and dtype; beside them torch's rounding."""
+    found = json.loads((FOLDER / SAMPLED_ERROR).read_text())["rows"]
+    taus = sorted({r["tau"] for r in found if r["tau"] is not None}, reverse=True)
+    lines = []
+    for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in found):
+        mine = {(r["mode"], r["tau"]): r for r in found if (r["case"], r["dtype"]) == (case, dtype)}
+        errors = {key: f"{r['error_hidden']:.1e}, {r['error_weight']:.1e}" for key, r in mine.items()}
+        cells = [f"{mine['sampled', tau]['kept']:.3f}: {errors['sampled', tau]}" for tau in taus]
+        lines.append([case, f"{mine['plain', None]['entropy']:.2f}", dtype, errors["plain", None], *cells])
+    head = ["case", "nats", "dtype", "plain torch: dH, dW", *(f"2^{math.log2(tau):.0f}" for tau in taus)]
+    return table(head, lines)
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "readme": ("README.md", readme),
+    "everything": ("docs/benchmarks.md", everything),
     "dpp": ("docs/dpp.md", dpp_table),
+    "losses": ("docs/losses.md", losses_table),
     "dpp-goals": ("docs/dpp.md", dpp_goals),
+    "sampled-error": ("docs/linear_logps.md", sampled_error),
     "logps": ("docs/linear_logps.md", logps_table),
     "logps-goals": ("docs/linear_logps.md", logps_goals),
 }
@@ -199,21 +306,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    stale = []
+    rows, stale = load(), []
     for name, (page, make) in BLOCKS.items():
         path = ROOT / page
         text = path.read_text()
-        new = filled(text, name, make())
+        new = filled(text, name, make(pick(rows, run=lambda run: run["device"] == "cpu")))
         if new != text:
             stale.append(f"{page}: {name}")
             if not args.check:
                 path.write_text(new)
     if args.check:
-        sys.exit(f"out of date, run python bench/report.py: {', '.join(stale)}" if stale else 0)
+        sys.exit(f"out of date, run python -P bench/report.py: {', '.join(stale)}" if stale else 0)
     import plots
 
-    memories = [load(name.replace("cpu", "cpu_memory")) for name in LOGPS]
-    plots.draw([load(name) for name in DPP], [load(name) for name in LOGPS], memories, ROOT / "docs" / "images")
+    plots.draw(rows, ROOT / "docs" / "images")
 
 
 if __name__ == "__main__":

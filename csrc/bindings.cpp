@@ -83,9 +83,9 @@ void add_rows_of(int dtype, Address out, Address place, Address seen, Address in
   }
 }
 
-std::pair<int64_t, double> select_kept(bool f64, Address statistic, int64_t copies, int64_t vocabulary, double tau, double entropy,
-                    Address forced, uint64_t seed, int64_t chunk, int64_t first_column, Address kept, Address inverse,
-                    int threads) {
+std::pair<int64_t, double> select_kept(bool f64, Address statistic, int64_t copies, int64_t vocabulary, double tau,
+                                       double entropy, Address forced, uint64_t seed, int64_t chunk,
+                                       int64_t first_column, Address kept, Address inverse, int threads) {
   if (f64)
     return select_columns(at<const double>(statistic), copies, vocabulary, tau, entropy, at<const uint8_t>(forced),
                           seed, chunk, first_column, at<int64_t>(kept), at<double>(inverse), threads);

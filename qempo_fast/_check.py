@@ -80,7 +80,8 @@ def number(
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         bad_type(name, "a number", type(x).__name__)
     inside = (x > low if open_low else x >= low) and (x < high if open_high else x <= high)
-    if not math.isfinite(x) or not inside:
+    # Not math.isfinite, which torch.compile cannot trace on a number that changes from call to call.
+    if not (inside and -math.inf < x < math.inf):
         ends = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
         bad_value(name, f"a finite number in {ends}", x)
 

@@ -1,0 +1,38 @@
+"""Options of `pytest bench/`, and one test for each case, provider and mode."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import suite
+from interleave import MODES
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("qempo_fast")
+    group.addoption("--bench-set", action="append", help="set of cases: quick (default), main, scaling, tiny, ...")
+    group.addoption("--bench-op", action="append", help=f"op: {', '.join(suite.OPS)}; default: all")
+    group.addoption("--bench-device", default="cpu", help="cpu or cuda")
+    group.addoption("--bench-rounds", type=int, default=suite.ROUNDS, help="turns that each provider takes")
+
+
+def options(config: pytest.Config) -> suite.Options:
+    return suite.Options(
+        ops=tuple(config.getoption("--bench-op") or ()),
+        sets=tuple(config.getoption("--bench-set") or ("quick",)),
+        rounds=config.getoption("--bench-rounds"),
+        device=config.getoption("--bench-device"),
+        memory=False,
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"run", "provider", "mode"} <= set(metafunc.fixturenames):
+        runs = suite.planned(options(metafunc.config))
+        every = [(run, name, mode) for run in runs for name in run.names for mode in MODES]
+        metafunc.parametrize(("run", "provider", "mode"), every, ids=[f"{r}, {n}, {m}" for r, n, m in every])

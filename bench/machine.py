@@ -1,0 +1,48 @@
+"""What this machine can do at most: its GEMM rate and copy bandwidth, measured; the ceilings of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from interleave import Step
+
+from qempo_fast.logps.gemm import linear
+
+DTYPES = ("float32", "bfloat16")
+# (rows, columns, inner) of the GEMM and bytes of the copy: past every cache, under a second in all.
+SIZES = {"cpu": ((2048, 2048, 2048), 2**27), "cuda": ((8192, 8192, 8192), 2**31)}
+
+
+class Ceilings(NamedTuple):
+    """Best of several: GEMM GFLOP/s by dtype, and GB/s of a copy, the bytes read and those written both counted."""
+
+    threads: int
+    gemm_gflops: dict[str, float]
+    copy_gbs: float
+
+    def floor_ms(self, dtype: str, floor_bytes: float = 0.0, floor_flops: float = 0.0) -> float:
+        """Time that the longer of the two needs."""
+        return max(floor_bytes / self.copy_gbs, floor_flops / self.gemm_gflops[dtype]) / 1e6
+
+
+def _best(function: Callable[[], torch.Tensor], device: str, runs: int) -> float:
+    step = Step(function, device=device)
+    step.run()
+    return min(step.run()[2][0] for _ in range(runs))
+
+
+def measured(device: str) -> Ceilings:
+    """The ceilings at the current number of threads."""
+    (n, c, d), size = SIZES[device]
+    gemm = {}
+    for name in DTYPES:
+        a, w = (torch.randn(s, d, device=device, dtype=getattr(torch, name)) for s in (n, c))
+        # torch.mm and linear may take different libraries: the faster one is the ceiling.
+        ms = min(_best(lambda a=a, w=w: linear(a, w), device, 5), _best(lambda a=a, w=w: a @ w.T, device, 5))
+        gemm[name] = 2 * n * c * d / ms / 1e6
+    source = torch.zeros(size, dtype=torch.int8, device=device)
+    target = torch.zeros_like(source)
+    copy = 2 * size / _best(lambda: target.copy_(source), device, 10) / 1e6
+    return Ceilings(torch.get_num_threads(), gemm, copy)
