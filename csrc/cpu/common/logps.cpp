@@ -48,9 +48,9 @@ const LogpsKernels& logps_kernels() {
 }
 
 template <class A>
-std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, int64_t vocabulary, double tau, double entropy,
-                       const uint8_t* forced, uint64_t seed, int64_t chunk, int64_t first_column, int64_t* kept,
-                       A* inverse, int threads) {
+std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, int64_t vocabulary, double tau,
+                                          double entropy, const uint8_t* forced, uint64_t seed, int64_t chunk,
+                                          int64_t first_column, int64_t* kept, A* inverse, int threads) {
   const uint64_t key = mix(seed, static_cast<uint64_t>(chunk));
   struct Found {
     int64_t begin, count;

@@ -76,8 +76,8 @@ const LogpsKernels& logps_kernels();
 // alone. Writes kept indices, ascending, and 1 / q, into room for vocabulary of them; returns how many, and how many
 // were to be expected (the sum of q, to 6%).
 template <class A>
-std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, int64_t vocabulary, double tau, double entropy,
-                       const uint8_t* forced, uint64_t seed, int64_t chunk, int64_t first_column, int64_t* kept,
-                       A* inverse, int threads);
+std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, int64_t vocabulary, double tau,
+                                          double entropy, const uint8_t* forced, uint64_t seed, int64_t chunk,
+                                          int64_t first_column, int64_t* kept, A* inverse, int threads);
 
 }  // namespace qempo::cpu
