@@ -25,7 +25,9 @@ MODES = {"forward", "backward", "full"}
 
 def _run(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     # From another folder: the repository's root must not be on sys.path.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "XDG_CACHE_HOME": str(cwd), **env}
+    # Where xdist's variables are set, as in its workers, pytest-benchmark refuses to measure.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "XDG_CACHE_HOME": str(cwd), **env}
     return subprocess.run(
         [sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
     )
