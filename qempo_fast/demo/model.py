@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -29,6 +30,14 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 import qempo_fast as qf
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def package_folder(package: str) -> Path:
+    """Where a package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(package)
+    return Path(spec.origin).parent
 
 
 def load_smollm2(folder: Path) -> tuple[Any, Any]:

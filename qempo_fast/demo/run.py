@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ import qempo_fast as qf
 
 from . import report
 from .evaluate import evaluate
-from .model import SplitModel, load_smollm2
+from .model import SplitModel, load_smollm2, package_folder
 from .task import Cities, Task
 from .train import HELD, METHODS, Settings, Step, make_constraint, train
 
@@ -64,14 +63,6 @@ def load(settings: Settings) -> tuple[SplitModel, Task]:
         max_tokens=settings.max_tokens,
     )
     return split, task
-
-
-def package_folder(package: str) -> Path:
-    """Where a package lies, without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(package)
-    return Path(spec.origin).parent
 
 
 def run(
