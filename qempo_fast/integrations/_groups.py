@@ -1,8 +1,8 @@
-"""Group losses as one advantage per response, for trainers whose policy loss is minus advantage times log-prob."""
+"""Group losses by name, and as one advantage per response where a policy loss is minus advantage times log-prob."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,25 +13,23 @@ from .. import _check
 
 
 class Rows(NamedTuple):
-    """What group losses read besides log-probs: (S,) each, embeddings (S, d), (G + 1,) offsets of the sorted rows."""
+    """What group losses read besides log-probs: (S,) each, embeddings (S, d); layout: group_size or offsets."""
 
     ref_logps: torch.Tensor | None
     rewards: torch.Tensor
     embeddings: torch.Tensor | None
-    offsets: torch.Tensor
+    layout: Mapping[str, Any]
 
 
-# Each with offsets, since a trainer's filters leave groups of several sizes.
+# loss(logps, rows, **kw): logps (S,).
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "qempo": lambda x, g, **kw: qf.qempo_loss(x, g.rewards, offsets=g.offsets, **kw),
-    "qempo_kl": lambda x, g, **kw: qf.qempo_kl_loss(x, g.ref_logps, g.rewards, offsets=g.offsets, **kw),
-    "spl": lambda x, g, **kw: qf.spl_loss(x, g.ref_logps, g.rewards, offsets=g.offsets, **kw),
-    "gvpo": lambda x, g, **kw: qf.gvpo_loss(x, g.ref_logps, g.rewards, offsets=g.offsets, **kw),
-    "rspo": lambda x, g, **kw: qf.rspo_loss(x, g.rewards, offsets=g.offsets, **kw),
-    "dqo": lambda x, g, **kw: qf.dqo_loss(
-        x, g.rewards, g.embeddings, ref_logps=g.ref_logps, offsets=g.offsets, **kw
-    ),
-}  # fmt: skip
+    "qempo": lambda x, g, **kw: qf.qempo_loss(x, g.rewards, **g.layout, **kw),
+    "qempo_kl": lambda x, g, **kw: qf.qempo_kl_loss(x, g.ref_logps, g.rewards, **g.layout, **kw),
+    "spl": lambda x, g, **kw: qf.spl_loss(x, g.ref_logps, g.rewards, **g.layout, **kw),
+    "gvpo": lambda x, g, **kw: qf.gvpo_loss(x, g.ref_logps, g.rewards, **g.layout, **kw),
+    "rspo": lambda x, g, **kw: qf.rspo_loss(x, g.rewards, **g.layout, **kw),
+    "dqo": lambda x, g, **kw: qf.dqo_loss(x, g.rewards, g.embeddings, ref_logps=g.ref_logps, **g.layout, **kw),
+}
 
 
 def group_advantages(
@@ -50,9 +48,10 @@ def group_advantages(
         _check.bad_value("embeddings", "one row for each response with loss='dqo'", None)
     order = torch.argsort(ids, stable=True)
     counts = torch.unique_consecutive(ids[order], return_counts=True)[1]
+    # Offsets, since a trainer's filters leave groups of several sizes.
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     ref, rows = (None if x is None else x[order] for x in (ref_logps, embeddings))
-    groups = Rows(ref, rewards[order], rows, offsets)
+    groups = Rows(ref, rewards[order], rows, {"offsets": offsets})
     _, coef = qf.coefficients(LOSSES[loss], logps[order], groups, **hyperparameters)
     assert isinstance(coef, torch.Tensor)
     return torch.empty_like(coef).index_copy_(0, order, -len(coef) * coef)

@@ -14,9 +14,10 @@ from trl import GRPOConfig, GRPOTrainer
 import qempo_fast as qf
 
 from ... import _check
+from .._groups import Rows
 from .constraint import QualityConstraintCallback
 from .kernel import use_fused_logps
-from .methods import GROUP_LOSSES, Groups, Method, alpha_beta, refuse_unused, tried, with_beta
+from .methods import GROUP_LOSSES, Method, alpha_beta, refuse_unused, tried, with_beta
 
 # Settings of TRL's own losses, and of what it does with them.
 _UNUSED = (
@@ -116,7 +117,7 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
             _check.bad_value("args.beta", f"0 with loss={self._loss_name!r}, which has no beta", args.beta)
         settings = self._settings(constraint)
         size = args.num_generations
-        stand_in = Groups(torch.zeros(size), torch.arange(size) / size, torch.eye(size), size)
+        stand_in = Rows(torch.zeros(size), torch.arange(size) / size, torch.eye(size), {"group_size": size})
         tried(method.loss, torch.zeros(size), stand_in, **settings)
         beta = alpha_beta(method.family, settings).beta
         reads = beta > 0 or (constraint is not None and constraint.max_kl is not None)
@@ -209,7 +210,7 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
                 self._record("kl", (logps - ref_logps).mean())
         else:
             logps = torch.zeros_like(rewards)  # the coefficients do not depend on it
-        groups = Groups(ref_logps, rewards, embeddings, size)
+        groups = Rows(ref_logps, rewards, embeddings, {"group_size": size})
         loss, coefficients = qf.coefficients(partial(method.loss, **settings), logps, groups)
         first = self.accelerator.process_index * len(mask)
         output["coefficients"] = coefficients[first : first + len(mask)]

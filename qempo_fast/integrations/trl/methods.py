@@ -13,6 +13,7 @@ import qempo_fast as qf
 
 from ... import _check
 from ...reference.family import AlphaBeta
+from .._groups import LOSSES
 
 
 class Method(NamedTuple):
@@ -26,15 +27,6 @@ def alpha_beta(family: Callable[..., AlphaBeta], kwargs: Mapping[str, Any]) -> A
     """The family's two numbers from those of a loss's hyperparameters that decide them."""
     names = inspect.signature(family).parameters
     return family(**{name: value for name, value in kwargs.items() if name in names})
-
-
-class Groups(NamedTuple):
-    """What the losses of groups read besides the log-probs: (S,) each, embeddings (S, d), size responses a prompt."""
-
-    ref_logps: torch.Tensor | None
-    rewards: torch.Tensor
-    embeddings: torch.Tensor | None
-    size: int
 
 
 def _kl(beta: float = 0.1) -> AlphaBeta:
@@ -68,29 +60,23 @@ PAIR_LOSSES: dict[str, Method] = {
     "epa": Method(_epa, _kl),
 }
 
-# loss(logps, groups, **kw): logps (S,). "grpo" is TRL's own loss, whichever loss_type names.
+_GROUP_FAMILIES: dict[str, Callable[..., AlphaBeta]] = {
+    "qempo": _qempo,
+    "qempo_kl": AlphaBeta.of_qempo,
+    "spl": AlphaBeta,
+    "gvpo": _kl,
+    "rspo": _no_family,
+    "dqo": _optional_kl,
+}
+
+# "grpo" is TRL's own loss, whichever loss_type names.
 GROUP_LOSSES: dict[str, Method | None] = {
     "grpo": None,
-    "qempo": Method(lambda x, g, **kw: qf.qempo_loss(x, g.rewards, group_size=g.size, **kw), _qempo),
-    "qempo_kl": Method(
-        lambda x, g, **kw: qf.qempo_kl_loss(x, g.ref_logps, g.rewards, group_size=g.size, **kw), AlphaBeta.of_qempo
-    ),
-    "spl": Method(lambda x, g, **kw: qf.spl_loss(x, g.ref_logps, g.rewards, group_size=g.size, **kw), AlphaBeta),
-    "gvpo": Method(lambda x, g, **kw: qf.gvpo_loss(x, g.ref_logps, g.rewards, group_size=g.size, **kw), _kl),
-    "rspo": Method(lambda x, g, **kw: qf.rspo_loss(x, g.rewards, group_size=g.size, **kw), _no_family),
-    "dqo": Method(
-        lambda x, g, **kw: qf.dqo_loss(x, g.rewards, g.embeddings, ref_logps=g.ref_logps, group_size=g.size, **kw),
-        _optional_kl,
-    ),
+    **{name: Method(loss, _GROUP_FAMILIES[name]) for name, loss in LOSSES.items()},
 }
 
 # Stored responses are not samples of the policy: only the family's squared form, qf.variance_loss, is right for them.
-OFFLINE_LOSSES: dict[str, Callable[..., AlphaBeta]] = {
-    "gvpo": _kl,
-    "spl": AlphaBeta,
-    "qempo": _qempo,
-    "qempo_kl": AlphaBeta.of_qempo,
-}
+OFFLINE_LOSSES = {name: _GROUP_FAMILIES[name] for name in ("gvpo", "spl", "qempo", "qempo_kl")}
 
 
 def tried(loss: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
