@@ -72,10 +72,9 @@ void backward(int dtype, Address z, int64_t ld, int64_t n, int64_t c, Address bi
   }
 }
 
-void add_rows_of(int dtype, Address out, Address place, Address seen, Address index, Address rows, int64_t n, int64_t d,
-                 int threads) {
+void add_rows_of(int dtype, Address out, Address seen, Address index, Address rows, int64_t n, int64_t d, int threads) {
   const auto* from = at<const int64_t>(index);
-  const RowSum to{at<const int64_t>(place), at<uint8_t>(seen)};
+  auto* to = at<uint8_t>(seen);
   switch (static_cast<Dtype>(dtype)) {
     case Dtype::f32: return add_rows(at<float>(out), to, from, at<const float>(rows), n, d, threads);
     case Dtype::bf16: return add_rows(at<float>(out), to, from, at<const uint16_t>(rows), n, d, threads);
@@ -177,8 +176,8 @@ PYBIND11_MODULE(_C, m) {
       release());
   m.def(
       "round_rows",
-      [](Address out, Address place, Address rows, int64_t n, int64_t d, int threads) {
-        round_rows(at<uint16_t>(out), at<const int64_t>(place), at<const float>(rows), n, d, threads);
+      [](Address out, Address seen, Address rows, int64_t n, int64_t d, int threads) {
+        round_rows(at<uint16_t>(out), at<const uint8_t>(seen), at<const float>(rows), n, d, threads);
       },
       release());
   m.def("logps_select", &select_kept, release());

@@ -23,7 +23,7 @@ def _logps_keep_kernel(
     V,
     parts,
     tau,
-    mean_entropy,
+    mean_entropy_ptr,
     seed_low,
     seed_high,
     first_column,
@@ -38,10 +38,10 @@ def _logps_keep_kernel(
         best = tl.maximum(best, tl.load(at, mask=live, other=float("-inf")))
         at += V
     u = tl.exp(best)
-    if mean_entropy is not None:
+    if mean_entropy_ptr is not None:
         # x (1 - log x) rises on (0, 1], so the bound of p also bounds p (1 + |log p + H|).
         u = tl.minimum(u, 1.0)
-        u = tl.where(u > 0, u * (1.0 - tl.log(u) + mean_entropy), 0.0)
+        u = tl.where(u > 0, u * (1.0 - tl.log(u) + tl.load(mean_entropy_ptr)), 0.0)
     forced = tl.load(forced_ptr + j, mask=live, other=0) != 0
     sure = forced | (u >= tau) | (u != u)
     q = tl.where(sure, 1.0, u / tau)
@@ -76,24 +76,23 @@ def select_columns(
     columns: torch.Tensor,
     forced: torch.Tensor,
     tau: float,
-    mean_entropy: float | None,
+    mean_entropy: torch.Tensor | None,
     seed: int,
     first_column: int,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Columns kept by one row chunk, ascending, 1 / their keep probabilities, and how many were to be expected.
-
-    One host synchronisation: the number of kept columns is the width of the next GEMM.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Columns kept by one row chunk, ascending, 1 / their keep probabilities, and how many; nothing is read back.
 
     Args:
         columns: (parts, V) float32 or float64, log of the column bounds, maximised over parts here.
         forced: (V,) uint8, nonzero where a column is always kept.
         tau: keep threshold, above 0.
-        mean_entropy: mean entropy of the rows where the entropy gradient is wanted, else None.
+        mean_entropy: () of the dtype of columns, mean entropy of the rows; None without the entropy gradient.
         seed: 64 bits.
         first_column: number of column 0 in the whole vocabulary.
 
     Returns:
-        (kept,) int64, (kept,) in the dtype of columns, and the sum of all keep probabilities.
+        (V,) int64 and (V,) in the dtype of columns, written as far as there are kept columns, and (2,) float64: how
+        many those are, and the sum of all keep probabilities.
     """
     parts, vocabulary = columns.shape
     keep = torch.empty(vocabulary, dtype=torch.int32, device=columns.device)
@@ -109,9 +108,7 @@ def select_columns(
         )
         end = keep.cumsum(0)
         _logps_compact_kernel[grid](keep, end, inverse, index, kept_inverse, vocabulary, BLOCK=_BLOCK)
-    kept, expected = torch.stack([end[-1].double(), inverse.double().reciprocal().sum()]).tolist()
-    count = int(kept)
-    return index[:count], kept_inverse[:count], expected
+    return index, kept_inverse, torch.stack([end[-1].double(), inverse.double().reciprocal().sum()])
 
 
 COMPILE = [
@@ -120,8 +117,8 @@ COMPILE = [
             _logps_keep_kernel,
             {"columns_ptr": real, "forced_ptr": "*u8", "keep_ptr": "*i32", "inverse_ptr": real, "V": "i32"}
             | {"parts": "i32", "tau": "fp32", "seed_low": "i32", "seed_high": "i32", "first_column": "i32"}
-            | ({"mean_entropy": "fp32"} if entropy else {}),
-            {"BLOCK": _BLOCK} | ({} if entropy else {"mean_entropy": None}),
+            | ({"mean_entropy_ptr": real} if entropy else {}),
+            {"BLOCK": _BLOCK} | ({} if entropy else {"mean_entropy_ptr": None}),
         )
         for real, entropy in (("*fp32", False), ("*fp32", True), ("*fp64", True))
     ),

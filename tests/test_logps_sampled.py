@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import qempo_fast as qf
 from qempo_fast import reference
+from qempo_fast.logps import pass_cpu
+from qempo_fast.logps.options import TileSizes
 
 
 def sampled_mean(x: Inputs, draws: int, **more: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -39,6 +41,32 @@ def test_sampled_is_unbiased(backend: str, head: str, entropy: bool) -> None:
         ratio = ((value - exact[name]).square().sum() / error[name]).item()
         # The expected ratio is 1; a bias of a tenth of one draw's error would make it 3.
         assert 0.4 < ratio < 1.8, f"{name}: squared error over squared standard error {ratio:.2f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head", ["plain", "full"])
+def test_blocks_and_tiles_of_the_vocabulary_change_nothing(
+    dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = head == "full"
+    x = make(Case("", 200, 6, 900, full, 20.0 if full else None, 1.0, 0.9, full, 10.0), dtype)
+    x.hidden[:26] = 0  # the first chunk's rows have more entropy than break-even takes
+    x.grads[0][60:70] = x.grads[1][60:70] = 0
+    results = []
+    # Tiles of 150 columns of blocks of 400, each padded to 256: targets of the next tile lie where the padding does.
+    for kept, block in ((150, 400), (1000, 0)):
+        monkeypatch.setattr(pass_cpu, "SAMPLED", TileSizes(40, 96, 20, kept, block))
+        torch.manual_seed(5)
+        results.append(run(qf.linear_logps, x, dtype, grad="sampled", tau=1e-2 if full else 1e-3, backend="cpu"))
+        stats = qf.last_stats()
+        assert stats is not None
+        assert stats.exact_chunks == 1
+        assert 200 < min(stats.kept_columns) < 700
+    for name, value in results[0].items():
+        eps = torch.finfo(dtype).eps
+        error = (value - results[1][name]).double().norm() / results[1][name].double().norm()
+        # In half precision each tile's part of dHidden is rounded on its own.
+        assert error < 4 * eps, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,6 +201,26 @@ def test_sampled_repeats_under_manual_seed_and_checkpointing() -> None:
     torch.manual_seed(8)
     other = run(qf.linear_logps, x, torch.float64, grad="sampled", tau=0.2)
     assert not torch.equal(other["dhidden"].flatten(), first[: x.hidden.numel()])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_columns_that_only_rows_without_a_coefficient_kept_get_no_gradient(dtype: torch.dtype, backend: str) -> None:
+    # A group of equal rewards has advantage 0: chunks of nothing else drop out, here all but the last, then all.
+    x = peaked(dtype, n=700, v=2000)
+    for live in (slice(660, None), slice(0)):
+        coefficients = torch.zeros(700)
+        coefficients[live] = 1.0
+        grads = []
+        for mode in ("exact", "sampled"):
+            weight = x.weight.detach().requires_grad_()
+            more = {"tau": 0.05} if mode == "sampled" else {}
+            out = qf.linear_logps(x.hidden, weight, x.targets, grad=mode, backend=backend, **more)
+            (out.logps * coefficients).sum().backward()
+            assert weight.grad is not None
+            grads.append(weight.grad.double())
+        exact, sampled = grads
+        assert (sampled - exact).norm() <= 0.3 * exact.norm()
 
 
 def test_auto_is_exact_in_float32_and_sampled_in_bfloat16() -> None:

@@ -156,7 +156,13 @@ def kept(bounds: torch.Tensor, tau: float, seed: int, **more: Any) -> tuple[torc
     """(V,) keep flags and 1 / q of the kept columns, 0 elsewhere."""
     forced = more.pop("forced", torch.zeros(bounds.shape[-1], dtype=torch.uint8, device=bounds.device))
     arguments = {"mean_entropy": None, "first_column": 0} | more
-    index, inverse, expected = select_columns(bounds.reshape(-1, bounds.shape[-1]), forced, tau, seed=seed, **arguments)
+    if arguments["mean_entropy"] is not None:
+        arguments["mean_entropy"] = bounds.new_tensor(arguments["mean_entropy"])
+    all_index, all_inverse, counts = select_columns(
+        bounds.reshape(-1, len(forced)), forced, tau, seed=seed, **arguments
+    )
+    count, expected = counts.tolist()
+    index, inverse = all_index[: int(count)], all_inverse[: int(count)]
     assert index.dtype == torch.int64
     assert (index[1:] > index[:-1]).all()
     full = torch.zeros(bounds.shape[-1], dtype=bounds.dtype, device=bounds.device)
@@ -272,6 +278,68 @@ def test_the_copy_engine_is_used_where_it_can_be(
     block = linear_logps_fused.LAUNCH["interpreter"].few
     assert (linear_logps_fused._descriptors(x, w, block) is not None) == taken
     assert linear_logps_fused._descriptors(x, torch.randn(width, 40, device=device).t(), block) is None
+
+
+@pytest.mark.parametrize(
+    ("arch", "width", "triton", "few", "many", "float32"),
+    [
+        ("cuda:100", 8, True, 4, 4, 3),
+        ("cuda:103", 8, True, 4, 4, 3),
+        ("cuda:90", 8, True, 2, 0, 0),  # the blocks of 64 rows and four warps in half precision
+        ("cuda:80", 8, True, 0, 0, 0),
+        ("cuda:100", 7, True, 0, 0, 0),  # without descriptors it does not compile
+        ("cuda:100", 8, False, 0, 0, 0),
+    ],
+)
+def test_loads_get_warps_of_their_own_where_they_can(
+    arch: str,
+    width: int,
+    triton: bool,
+    few: int,
+    many: int,
+    float32: int,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    pytest.importorskip("triton.tools.tensor_descriptor", reason="Triton 3.4 or newer")
+    fused = linear_logps_fused
+    monkeypatch.setattr(fused, "architecture", lambda device: arch)
+    monkeypatch.setattr(fused, "_SPECIALIZES", triton)
+    for size, wanted in (("few", few), ("many", many), ("float32", float32)):
+        dtype = torch.float32 if size == "float32" else torch.float16
+        x, w = (torch.randn(n, width, device=device).to(dtype) for n in (3, 40))
+        found = fused._candidates(size, x, w)
+        plain = getattr(fused._CANDIDATES, size)
+        assert found[: len(plain)] == plain
+        assert [b.specialize for b in found[len(plain) :]] == [True] * wanted
+    # Not measured yet, so no committed row has it.
+    assert not any(b.specialize for sizes in fused.LAUNCH.values() for b in sizes)
+
+
+def test_warps_of_their_own_change_no_number(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    # The interpreter has no warps: it runs the loop that the compiler splits. 130 columns: programs of 3 and 2 tiles.
+    fused = linear_logps_fused
+    hidden, weight = torch.randn(20, 8, device=device), torch.randn(130, 8, device=device)
+    targets, floor = torch.randint(0, 130, (20,), device=device), torch.full((20,), -9.0, device=device)
+    sizes, found = fused.row(fused.LAUNCH, fused.architecture(device)), []
+    on_blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+    for specialize in (False, True):
+        if device.type == "cpu":
+            monkeypatch.setattr(fused, "_specializes", lambda *_: True)
+        elif not on_blackwell:
+            pytest.skip("warps of their own: Blackwell alone")
+        row = fused.Sizes(*(b._replace(specialize=specialize) for b in sizes))
+        monkeypatch.setattr(fused, "row", lambda table, arch, row=row: row)
+        stats, columns = RowStats.new(20, torch.float32, device, True, True), torch.empty(1, 130, device=device)
+        vectors = pass_triton._vectors(stats)
+        fused.fused_fwd(hidden, weight, None, None, targets, vectors, floor, columns, 0.7, 20.0)
+        found.append([columns, *(v for v in vectors if v is not None)])
+    for plain, own in zip(*found, strict=True):
+        torch.testing.assert_close(plain, own, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found[1][1] + found[1][2].log(),
+        torch.logsumexp(20 * torch.tanh(0.7 / 20 * hidden.double() @ weight.double().T), 1).float(),
+    )
 
 
 def test_the_gradient_of_a_confident_target_keeps_its_digits(device: torch.device) -> None:

@@ -96,7 +96,7 @@ def linear_logps(
         entropy, sum_sq: ask for these outputs.
         grad: "exact", "sampled", or "auto": exact for float32 and float64 weights unless tau is given, sampled for
             bfloat16 and float16 with a tau whose error stays under what the dtype's own rounding costs.
-        tau: keep threshold of the sampled gradient; smaller keeps more columns. None: 2^-9, for bfloat16 2^-10,
+        tau: keep threshold of the sampled gradient; smaller keeps more columns. None: 2^-9, for bfloat16 2^-11,
             for float16 2^-13; eight times that with entropy.
         process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
             all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
@@ -154,7 +154,7 @@ def _eager(
         options = replace(options, seed=int(_seed()))
     elif _wants_gradient(hidden, weight, bias):
         rows = len(targets) if live is None else len(live)
-        options = replace(options, keep_logits=logits_fit(rows, weight.shape[0], hidden.dtype))
+        options = replace(options, keep_logits=logits_fit(rows, weight))
     logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
     return _marked(logps, targets, counted, vocabulary), h, ss
 

@@ -18,7 +18,10 @@ from .tile_pass import TilePass
 
 # oneDNN compiles a kernel for each new width: kept columns are padded to a multiple, with scale 0. With at most
 # TileSizes.kept columns at a time that makes a handful of widths in all.
-PAD = 256
+PAD = 128
+# Of dweight in a block of TileSizes.block columns: 64 MiB in float32. For a width of 4096 that is 4096 columns, which
+# took 0.8 of the time of 12288 where a third of them was kept.
+BLOCK_ENTRIES = 2**24
 # Rows of the weight whose mean is taken off the sampled sum; any number of them leaves it unbiased.
 CENTRE_ROWS = 1024
 
@@ -56,15 +59,18 @@ class _Rows:
 
 def _live_chunks(head: HeadTensors, grads: RowGrads, rows: int) -> list[tuple[int, _Rows]]:
     """(number, rows) of each chunk, without the chunks where no row has a coefficient."""
-    live, out = grads.live(), []
-    every = bool(live.all())
-    for number, a in enumerate(range(0, len(live), rows)):
-        index: slice | torch.Tensor = slice(a, min(a + rows, len(live)))
-        if not every and not bool(live[index].all()):
-            index = live[index].nonzero().squeeze(1) + a
-            if not len(index):
-                continue
-        out.append((number, _Rows(a, index, head.rows(index), grads.rows(index))))
+    n, start, out = len(grads.lse), 0, []
+    # Two reads at most, whatever the number of chunks: on a GPU each is a stall.
+    live = grads.live().nonzero().squeeze(1)
+    ends = torch.arange(rows, n + rows, rows, device=live.device)
+    stops = range(rows, n + rows, rows) if len(live) == n else torch.searchsorted(live, ends).tolist()
+    for number, stop in enumerate(stops):
+        whole = slice(number * rows, min((number + 1) * rows, n))
+        part = live[start:stop]
+        index = whole if len(part) == whole.stop - whole.start else part
+        start = stop
+        if len(part):
+            out.append((number, _Rows(whole.start, index, head.rows(index), grads.rows(index))))
     return out
 
 
@@ -84,7 +90,8 @@ def backward(
     size = tiles.sizes(options.tau is not None)
     if options.tau is None:
         return _exact(tiles, head, grads, options, needs, size, {} if logits is None else logits)
-    return _Sampled(tiles, head, kept, options, needs, size).run(grads, kept)
+    chunks = [(rows, kept[number]) for number, rows in _live_chunks(head, grads, size.chunk)]
+    return _Sampled(tiles, head, chunks, options, needs, size).run()
 
 
 def _exact(
@@ -153,98 +160,147 @@ def _as_inputs(head: HeadTensors, dh: torch.Tensor | None, dw: torch.Tensor | No
     return dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype)
 
 
+@dataclass
+class _Chunk:
+    """A chunk of rows in the sampled gradient; columns, inverse and place are None where it keeps every column.
+
+    place: of each row's target among the columns, or -1. ends: where in columns the blocks of the vocabulary end.
+    dh, row_sum: sums so far over the tiles of dz W and of dz.
+    """
+
+    rows: _Rows
+    columns: torch.Tensor | None
+    inverse: torch.Tensor | None
+    place: torch.Tensor | None
+    ends: list[int]
+    dh: torch.Tensor | None = None
+    row_sum: torch.Tensor | None = None
+
+    def within(self, number: int) -> slice:
+        """Where in columns block number is."""
+        return slice(self.ends[number - 1] if number else 0, self.ends[number])
+
+
+def _chunk(rows: _Rows, kept: Kept, blocks: list[slice]) -> _Chunk:
+    if kept.columns is None:
+        return _Chunk(rows, None, None, None, [])
+    targets, columns = rows.head.targets, kept.columns
+    place = torch.searchsorted(columns, targets)
+    here = columns[place.clamp(max=len(columns) - 1)] == targets
+    ends = [len(columns)]
+    if len(blocks) > 1:
+        ends = torch.searchsorted(columns, torch.tensor([b.stop for b in blocks], device=columns.device)).tolist()
+    return _Chunk(rows, columns, kept.inverse, place.where(here, -1), ends)
+
+
 class _Sampled:
-    """The three gradients of one call, summed chunk by chunk over the columns that each chunk kept."""
+    """The three gradients of one call, over the columns that each chunk of rows kept.
+
+    The vocabulary is outside and rows are inside, in blocks whose part of W and of dW stay in the cache: chunks keep
+    much the same columns.
+    """
 
     def __init__(
         self,
         tiles: TilePass,
         head: HeadTensors,
-        kept: list[Kept],
+        chunks: list[tuple[_Rows, Kept]],
         options: Options,
         needs: tuple[bool, bool, bool],
         size: TileSizes,
     ) -> None:
         self.tiles, self.head, self.options, self.size = tiles, head, options, size
         hidden, weight, acc = head.hidden, head.weight, accumulator(head.hidden.dtype)
+        step = min(size.block, max(1, BLOCK_ENTRIES // weight.shape[1])) if size.block else len(weight)
+        self.blocks = [slice(v, min(v + step, len(weight))) for v in range(0, len(weight), step)]
+        # Live chunks alone: a row of dweight that is named and never added to would keep what lay in its memory.
+        self.chunks = [_chunk(rows, kept, self.blocks) for rows, kept in chunks]
         self.dh = torch.zeros_like(hidden) if needs[0] else None
         self.db = weight.new_zeros(len(weight), dtype=acc) if needs[2] else None
-        columns = [k.columns for k in kept]
-        self.dw: RowSum | None = tiles.row_sum(weight, columns) if needs[1] else None
+        self.dw: RowSum | None = tiles.row_sum(weight) if needs[1] else None
         # Over all columns a row's dloss/dlogits sum to 0, so dhidden = sum_j dz_j (W_j - c) for any c, and near the
         # mean row the sampling error is smaller. A softmax cap, or a shard, leaves a sum that is not known.
         centred = needs[0] and options.softcap is None and options.group is None
         self.centre = weight[:: max(1, len(weight) // CENTRE_ROWS)].to(acc).mean(0) if centred else None
-        width = max((min(size.kept_columns, len(c)) for c in columns if c is not None), default=0)
+        counts = [c.within(b).stop - c.within(b).start for c in self.chunks if c.ends for b in range(len(self.blocks))]
+        width = min(size.kept_columns, max(counts, default=0))
         width += -width % PAD
         self.gathered = weight.new_empty(width, weight.shape[1])
         self.buffer = hidden.new_empty(min(size.chunk, len(hidden)) * max(width, 1))
 
-    def run(self, grads: RowGrads, kept: list[Kept]) -> Three:
-        for number, rows in _live_chunks(self.head, grads, self.size.chunk):
-            chunk = kept[number]
-            total = self._all(rows) if chunk.columns is None else self._some(rows, chunk)
-            if self.dh is not None and total is not None:
-                self.dh[rows.index] = total.to(self.dh.dtype)
-        return _as_inputs(self.head, self.dh, None if self.dw is None else self.dw.finish(), self.db)
+    def run(self) -> Three:
+        for number, block in enumerate(self.blocks):
+            columns = [None if c.columns is None else c.columns[c.within(number)] - block.start for c in self.chunks]
+            if self.dw is not None:
+                self.dw.begin(block, columns)
+            for chunk, at in zip(self.chunks, columns, strict=True):
+                if at is None:
+                    self._all(chunk, block)
+                else:
+                    self._some(chunk, block, at, chunk.within(number).start)
+            if self.dw is not None:
+                self.dw.end()
+        for chunk in self.chunks:
+            self._finish(chunk)
+        return _as_inputs(self.head, self.dh, None if self.dw is None else self.dw.total, self.db)
 
-    def _all(self, rows: _Rows) -> torch.Tensor | None:
-        """A chunk past break-even: every column, tile by tile."""
-        weight, total = self.head.weight, None
-        for v in range(0, len(weight), self.size.columns):
-            at = slice(v, min(v + self.size.columns, len(weight)))
-            w, bias = weight[at], part_of(self.head.bias, v, v + self.size.columns)
+    def _finish(self, chunk: _Chunk) -> None:
+        if self.dh is None or chunk.dh is None:
+            return
+        if chunk.row_sum is not None and self.centre is not None:
+            chunk.dh.addr_(chunk.row_sum, self.centre, alpha=-1.0)
+        self.dh[chunk.rows.index] = chunk.dh.to(self.dh.dtype)
+
+    def _all(self, chunk: _Chunk, block: slice) -> None:
+        """A chunk past break-even: every column of the block, tile by tile."""
+        rows, step = chunk.rows, self.size.columns
+        for v in range(block.start, block.stop, step):
+            stop = min(v + step, block.stop)
+            w, bias = self.head.weight[v:stop], part_of(self.head.bias, v, stop)
             z = linear(rows.head.hidden, w)
             _tile(self.tiles, z, rows, bias, None, rows.head.targets - v, self.options, None)
-            total = self._add(z, w, rows, at, total)
-        return total
+            self._add(chunk, z, w, block, slice(v - block.start, stop - block.start))
 
-    def _some(self, rows: _Rows, kept: Kept) -> torch.Tensor | None:
-        assert kept.columns is not None
-        assert kept.inverse is not None
-        targets, columns = rows.head.targets, kept.columns
-        place = torch.searchsorted(columns, targets)
-        here = columns[place.clamp(max=len(columns) - 1)] == targets
-        place = place.where(here, -1)
-        acc = kept.inverse.dtype
-        total, tile_sum, row_sum = None, None, None
-        if self.centre is not None:
-            tile_sum = torch.empty(len(targets), dtype=acc, device=targets.device)
-            row_sum = torch.zeros_like(tile_sum)
-        for v in range(0, len(columns), self.size.kept_columns):
-            at = columns[v : v + self.size.kept_columns]
+    def _some(self, chunk: _Chunk, block: slice, columns: torch.Tensor, first: int) -> None:
+        """The kept columns of the block, numbered within it; first is the place of the first among all of them."""
+        rows, step = chunk.rows, self.size.kept_columns
+        assert chunk.inverse is not None
+        assert chunk.place is not None
+        weight, bias = self.head.weight[block], part_of(self.head.bias, block.start, block.stop)
+        n = len(rows.head.targets)
+        row_sum = None if self.centre is None else torch.empty(n, dtype=chunk.inverse.dtype, device=columns.device)
+        for v in range(0, len(columns), step):
+            at = columns[v : v + step]
             width = len(at) + -len(at) % PAD
             w = self.gathered[:width]
-            self.tiles.gather(self.head.weight, at, w)
-            scale = kept.inverse.new_zeros(width)
-            scale[: len(at)] = kept.inverse[v : v + len(at)]
-            bias = None if self.head.bias is None else torch.zeros_like(scale)
-            if bias is not None and self.head.bias is not None:
-                bias[: len(at)] = self.head.bias[at]
-            out = self.buffer[: len(targets) * width].view(len(targets), width)
+            self.tiles.gather(weight, at, w)
+            scale = _padded(chunk.inverse[first + v : first + v + len(at)], width)
+            out = self.buffer[: n * width].view(n, width)
             z = linear(rows.head.hidden, w, out)
-            _tile(self.tiles, z, rows, bias, scale, place - v, self.options, tile_sum)
-            if row_sum is not None and tile_sum is not None:
-                row_sum += tile_sum
-            total = self._add(z, w, rows, at, total)
-        if total is not None and row_sum is not None and self.centre is not None:
-            total.addr_(row_sum, self.centre, alpha=-1.0)
-        return total
+            kept_bias = None if bias is None else _padded(bias[at], width)
+            # A target in the next tile must not be taken for one of this tile's padding.
+            place = chunk.place - (first + v)
+            place = place.where(place < len(at), -1)
+            _tile(self.tiles, z, rows, kept_bias, scale, place, self.options, row_sum)
+            if row_sum is not None:
+                chunk.row_sum = row_sum.clone() if chunk.row_sum is None else chunk.row_sum.add_(row_sum)
+            self._add(chunk, z, w, block, at)
 
-    def _add(
-        self, dz: torch.Tensor, w: torch.Tensor, rows: _Rows, at: slice | torch.Tensor, total: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """One tile: dz (n, c) of weight rows `at`; columns of dz past them are padding, 0. Returns dhidden so far."""
+    def _add(self, chunk: _Chunk, dz: torch.Tensor, w: torch.Tensor, block: slice, at: slice | torch.Tensor) -> None:
+        """One tile: dz (n, c) of the block's rows `at`; columns of dz past them are padding, 0."""
         if self.dh is not None:
             part = linear(dz, w.t())
-            total = part.to(accumulator(part.dtype)) if total is None else total.add_(part)
+            chunk.dh = part.to(accumulator(part.dtype)) if chunk.dh is None else chunk.dh.add_(part)
         if self.dw is not None:
-            part = linear(dz.t(), rows.head.hidden.t())
-            self.dw.add(at, part)
+            self.dw.add(at, linear(dz.t(), chunk.rows.head.hidden.t()))
         if self.db is not None:
-            part = dz.sum(0, dtype=self.db.dtype)
+            part, db = dz.sum(0, dtype=self.db.dtype), self.db[block]
             if isinstance(at, slice):
-                self.db[at] += part
+                db[at] += part
             else:
-                self.db.index_add_(0, at, part[: len(at)])
-        return total
+                db.index_add_(0, at, part[: len(at)])
+
+
+def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x and zeros."""
+    return torch.nn.functional.pad(x, (0, width - len(x)))

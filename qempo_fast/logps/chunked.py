@@ -6,6 +6,7 @@ It costs one GEMM, 2NDV. backward.py has the gradients; docs/linear_logps.md the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ def forward(
     stats = RowStats.new(n, accumulator(head.hidden.dtype), head.hidden.device, options.entropy, options.sum_sq)
     size = tiles.sizes(options.tau is not None)
     buffer = head.hidden.new_empty(min(size.rows, n) * min(size.columns, vocabulary)) if logits is None else None
-    kept = []
+    draws = []
     for a in range(0, n, size.rows):
         b = min(a + size.rows, n)
         block = head.rows(slice(a, b))
@@ -119,19 +120,27 @@ def forward(
                 )
             if logits is not None:
                 logits[a, v] = z
-        kept += [_select(tiles, c, options, a + c.a, first_column) for c in chunks if c.columns is not None]
+        draws += [_draw(tiles, c, options, a + c.a, first_column) for c in chunks if c.columns is not None]
+    kept = [_kept(*draw, vocabulary) for draw in tiles.count(draws)]
     last.record(tiles.name, n, vocabulary, options.tau, options.seed, size.chunk, kept, bool(logits))
     return stats, kept
 
 
-def _select(tiles: TilePass, chunk: _Chunk, options: Options, a: int, first_column: int) -> Kept:
+def _draw(tiles: TilePass, chunk: _Chunk, options: Options, a: int, first_column: int) -> tuple[Any, ...]:
+    """What tiles.select makes of the chunk's bounds. Nothing is read back: on a GPU each value read is a stall."""
     targets, vocabulary = chunk.head.targets, chunk.head.weight.shape[0]
-    forced = torch.zeros(vocabulary, dtype=torch.uint8, device=targets.device)
-    forced[targets[(targets >= 0) & (targets < vocabulary)]] = 1
+    # One more entry for the targets of other shards: to pick this one's by a mask is to read their number.
+    forced = torch.zeros(vocabulary + 1, dtype=torch.uint8, device=targets.device)
+    forced.index_fill_(0, targets.where((targets >= 0) & (targets < vocabulary), vocabulary), 1)
     entropy = chunk.stats.entropy()
-    mean_entropy = None if entropy is None else max(float(entropy.nan_to_num(0.0).mean()), 0.0)
-    draw = (forced, options.tau, mean_entropy, options.seed, a, first_column)
-    index, inverse, expected = tiles.select(chunk.columns, *draw)
+    mean_entropy = None if entropy is None else entropy.nan_to_num(0.0).mean().clamp(min=0.0)
+    return tiles.select(
+        *(chunk.columns, forced[:vocabulary], options.tau, mean_entropy),
+        *(options.seed, a, first_column),
+    )
+
+
+def _kept(index: torch.Tensor, inverse: torch.Tensor, expected: float, vocabulary: int) -> Kept:
     # Not the number drawn: to drop a draw because it is large leaves the others short, which is a bias (28 standard
     # errors over 2000 draws at V = 37, where the number varies much).
     return Kept(None, None) if expected > BREAK_EVEN * vocabulary else Kept(index, inverse)

@@ -20,7 +20,9 @@ _Optional = torch.Tensor | None
 
 def live_rows(counted: torch.Tensor) -> _Optional:
     """Indices of the counted rows, or None where that is all of them."""
-    return None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    # nonzero alone, whose length says whether that is all: all() first would be a second stall on a GPU.
+    live = counted.nonzero().squeeze(1)
+    return None if len(live) == len(counted) else live
 
 
 def pick(x: torch.Tensor, live: _Optional) -> torch.Tensor:

@@ -12,9 +12,10 @@ from .row_sum import RowSum
 from .stats import RowStats
 from .tile_pass import TilePass
 
-# Sampling: few rows to a column choice, and kept tiles of 2048 that stay in the last cache (docs/linear_logps.md has
-# the shares and errors). Exact: at 2048 rows and more the bfloat16 GEMMs ran at half their rate. 512 x 8192 is 16 MiB.
-SAMPLED, EXACT = TileSizes(512, 8192, 256, 2048), TileSizes(1024, 2048)
+# Sampling: few rows to a column choice, and kept tiles of 2048 that stay in the last cache, out of a quarter of a
+# vocabulary of 49152 at a time (docs/linear_logps.md has the shares and errors). Exact: at 2048 rows and more the
+# bfloat16 GEMMs ran at half their rate. 512 x 8192 is 16 MiB.
+SAMPLED, EXACT = TileSizes(512, 8192, 256, 2048, 12288), TileSizes(1024, 2048)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
@@ -32,33 +33,36 @@ def _huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 class _CpuRowSum(RowSum):
     """Rows are stored at their first touch and the rest zeroed at the end: one pass over the result, not two."""
 
-    seen: torch.Tensor | None = None
+    buffer: torch.Tensor | None = None
 
-    def _buffer(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, whole: bool) -> torch.Tensor:
-        out = _huge(shape, dtype)
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return _huge(shape, dtype)
+
+    def begin(self, block: slice, columns: Sequence[torch.Tensor | None]) -> None:
+        self.out = self.sum = self.total[block]
+        if self.half:
+            # Of the first block, which is the largest: the float32 sums of a block stay in the cache.
+            if self.buffer is None:
+                self.buffer = torch.empty(self.out.shape)
+            self.sum = self.buffer[: len(self.out)]
+        whole = any(c is None for c in columns)
+        self.seen = torch.full((len(self.out),), whole, dtype=torch.uint8)
         if whole:
-            return out.zero_()
-        self.seen = torch.zeros(shape[0], dtype=torch.uint8)
-        return out
+            self.sum.zero_()
 
     def _add(self, at: torch.Tensor, rows: torch.Tensor) -> None:
         rows = rows.float() if rows.dtype == torch.float16 else rows.contiguous()
-        addresses = [_ptr(x) for x in (self.sum, self.place, self.seen, at, rows)]
+        addresses = [_ptr(x) for x in (self.sum, self.seen, at, rows)]
         _C.add_rows(_DTYPES[rows.dtype], *addresses, *rows.shape, torch.get_num_threads())
 
-    def finish(self) -> torch.Tensor:
-        threads = torch.get_num_threads()
-        if self.seen is None or (self.place is not None and self.dtype != torch.bfloat16):
-            return super().finish()
-        if self.place is None:
-            _C.zero_unseen(
-                *(self.sum.data_ptr(), self.seen.data_ptr()),
-                *(len(self.sum), self.sum.shape[1] * self.sum.element_size(), threads),
-            )
-            return self.sum
-        out = _huge(self.shape, self.dtype)
-        _C.round_rows(out.data_ptr(), self.place.data_ptr(), self.sum.data_ptr(), *self.shape, threads)
-        return out
+    def end(self) -> None:
+        n, d, threads = *self.out.shape, torch.get_num_threads()
+        if self.out.dtype == torch.bfloat16:
+            _C.round_rows(self.out.data_ptr(), self.seen.data_ptr(), self.sum.data_ptr(), n, d, threads)
+            return
+        _C.zero_unseen(self.sum.data_ptr(), self.seen.data_ptr(), n, d * self.sum.element_size(), threads)
+        if self.half:
+            self.out.copy_(self.sum)
 
 
 class CpuPass(TilePass):
@@ -77,8 +81,8 @@ class CpuPass(TilePass):
         addresses = (out.data_ptr(), weight.data_ptr(), at.data_ptr())
         _C.gather_rows(*addresses, len(at), len(out), row, torch.get_num_threads())
 
-    def row_sum(self, weight: torch.Tensor, columns: Sequence[torch.Tensor | None]) -> RowSum:
-        return _CpuRowSum(weight, columns)
+    def row_sum(self, weight: torch.Tensor) -> RowSum:
+        return _CpuRowSum(weight)
 
     def new_columns(self, vocabulary: int, like: RowStats) -> torch.Tensor:
         return like.max.new_full((torch.get_num_threads(), vocabulary), -torch.inf)
@@ -163,7 +167,7 @@ class CpuPass(TilePass):
         columns: torch.Tensor,
         forced: torch.Tensor,
         tau: float,
-        mean_entropy: float | None,
+        mean_entropy: torch.Tensor | None,
         seed: int,
         chunk: int,
         first_column: int,
@@ -177,7 +181,7 @@ class CpuPass(TilePass):
             columns.shape[0],
             vocabulary,
             tau,
-            -1.0 if mean_entropy is None else mean_entropy,
+            -1.0 if mean_entropy is None else float(mean_entropy),
             forced.data_ptr(),
             seed,
             chunk,

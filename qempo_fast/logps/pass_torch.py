@@ -112,7 +112,7 @@ class TorchPass(TilePass):
         columns: torch.Tensor,
         forced: torch.Tensor,
         tau: float,
-        mean_entropy: float | None,
+        mean_entropy: torch.Tensor | None,
         seed: int,
         chunk: int,
         first_column: int,

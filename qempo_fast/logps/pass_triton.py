@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..kernels._launch import architecture, row
@@ -112,9 +114,13 @@ class TritonPass(TilePass):
         columns: torch.Tensor,
         forced: torch.Tensor,
         tau: float,
-        mean_entropy: float | None,
+        mean_entropy: torch.Tensor | None,
         seed: int,
         chunk: int,
         first_column: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return select_columns(columns, forced, tau, mean_entropy, hash((seed, chunk)) % 2**62, first_column)
+
+    def count(self, draws: list[Any]) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        counts = torch.stack([d[2] for d in draws]).tolist() if draws else []
+        return [(d[0][: int(n)], d[1][: int(n)], expected) for d, (n, expected) in zip(draws, counts, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,8 +34,15 @@ class TilePass(ABC):
         """Overwrite a tile of raw logits with the gradient with respect to them."""
 
     @abstractmethod
-    def select(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Kept columns of one row chunk, ascending, 1 / keep probability, and about how many were to be expected."""
+    def select(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """One row chunk's draw of columns; count() gives what it came to."""
+
+    def count(self, draws: list[Any]) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Of each draw the kept columns, ascending, 1 / keep probability, and about how many were to be expected.
+
+        Once a forward: where the numbers lie on a GPU, fetching them waits for it.
+        """
+        return draws
 
     def fused(self, *args: Any) -> bool:
         """Do a whole row chunk's forward in one kernel, GEMM included; False: not done, take the tiles."""
@@ -50,6 +56,6 @@ class TilePass(ABC):
         """out = weight[at], padded with copies of the first."""
         torch.index_select(weight, 0, torch.cat([at, at[:1].expand(len(out) - len(at))]), out=out)
 
-    def row_sum(self, weight: torch.Tensor, columns: Sequence[torch.Tensor | None]) -> RowSum:
-        """The sum that becomes dweight; columns as RowSum takes them."""
-        return RowSum(weight, columns)
+    def row_sum(self, weight: torch.Tensor) -> RowSum:
+        """The sum that becomes dweight."""
+        return RowSum(weight)

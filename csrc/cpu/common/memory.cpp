@@ -23,14 +23,13 @@ float value(uint16_t bits) {
 }
 
 template <class A, class S>
-void add(A* out, RowSum to, const int64_t* index, const S* rows, int64_t n, int64_t d, int threads) {
+void add(A* out, uint8_t* seen, const int64_t* index, const S* rows, int64_t n, int64_t d, int threads) {
   auto part = [&](int, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = to.place ? to.place[index[i]] : index[i];
-      A* sum = out + row * d;
+      A* sum = out + index[i] * d;
       const S* from = rows + i * d;
-      if (to.seen && !to.seen[row]) {
-        to.seen[row] = 1;
+      if (!seen[index[i]]) {
+        seen[index[i]] = 1;
 #pragma omp simd
         for (int64_t j = 0; j < d; ++j) sum[j] = value(from[j]);
       } else {
@@ -74,14 +73,15 @@ void gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, i
   if (n > 0) parallel(threads, padded, part);
 }
 
-void add_rows(double* out, RowSum to, const int64_t* index, const double* rows, int64_t n, int64_t d, int threads) {
-  add(out, to, index, rows, n, d, threads);
+void add_rows(double* out, uint8_t* seen, const int64_t* index, const double* rows, int64_t n, int64_t d, int threads) {
+  add(out, seen, index, rows, n, d, threads);
 }
-void add_rows(float* out, RowSum to, const int64_t* index, const float* rows, int64_t n, int64_t d, int threads) {
-  add(out, to, index, rows, n, d, threads);
+void add_rows(float* out, uint8_t* seen, const int64_t* index, const float* rows, int64_t n, int64_t d, int threads) {
+  add(out, seen, index, rows, n, d, threads);
 }
-void add_rows(float* out, RowSum to, const int64_t* index, const uint16_t* rows, int64_t n, int64_t d, int threads) {
-  add(out, to, index, rows, n, d, threads);
+void add_rows(float* out, uint8_t* seen, const int64_t* index, const uint16_t* rows, int64_t n, int64_t d,
+              int threads) {
+  add(out, seen, index, rows, n, d, threads);
 }
 
 void zero_unseen(void* out, const uint8_t* seen, int64_t n, int64_t bytes, int threads) {
@@ -92,15 +92,15 @@ void zero_unseen(void* out, const uint8_t* seen, int64_t n, int64_t bytes, int t
   parallel(threads, n, part);
 }
 
-void round_rows(uint16_t* out, const int64_t* place, const float* rows, int64_t n, int64_t d, int threads) {
+void round_rows(uint16_t* out, const uint8_t* seen, const float* rows, int64_t n, int64_t d, int threads) {
   auto part = [&](int, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       uint16_t* to = out + i * d;
-      if (place[i] < 0) {
+      if (!seen[i]) {
         std::memset(to, 0, static_cast<size_t>(d) * sizeof(uint16_t));
         continue;
       }
-      const float* from = rows + place[i] * d;
+      const float* from = rows + i * d;
 #pragma omp simd
       for (int64_t j = 0; j < d; ++j) to[j] = rounded(from[j]);
     }

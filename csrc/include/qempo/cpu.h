@@ -37,24 +37,17 @@ void ask_huge_pages(void* data, int64_t bytes);
 void gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, int64_t padded, int64_t bytes,
                  int threads);
 
-// Where the rows of a sum lie: row r of it at place[r], or at r where place is null. seen, where given, marks the rows
-// of the buffer that hold a value: the first row added to one that does not is stored, so out needs no zeroing first.
-struct RowSum {
-  const int64_t* place;
-  uint8_t* seen;
-};
-
-// out[place(index[i]), :] += rows[i, :] for n distinct indices; out and rows are dense with d columns. bfloat16 rows
-// are read as their bits. torch's index_add_ runs on one thread: it took 12% of a float32 step and 20% of a bfloat16
-// one.
-void add_rows(double* out, RowSum to, const int64_t* index, const double* rows, int64_t n, int64_t d, int threads);
-void add_rows(float* out, RowSum to, const int64_t* index, const float* rows, int64_t n, int64_t d, int threads);
-void add_rows(float* out, RowSum to, const int64_t* index, const uint16_t* rows, int64_t n, int64_t d, int threads);
+// out[index[i], :] += rows[i, :] for n distinct indices; out and rows are dense with d columns. seen marks the rows of
+// out that hold a value: the first row added to another is stored, so out needs no zeroing first. bfloat16 rows are
+// read as their bits. torch's index_add_ runs on one thread: it took 12% of a float32 step and 20% of a bfloat16 one.
+void add_rows(double* out, uint8_t* seen, const int64_t* index, const double* rows, int64_t n, int64_t d, int threads);
+void add_rows(float* out, uint8_t* seen, const int64_t* index, const float* rows, int64_t n, int64_t d, int threads);
+void add_rows(float* out, uint8_t* seen, const int64_t* index, const uint16_t* rows, int64_t n, int64_t d, int threads);
 
 // Zeroes the rows of out, of that many bytes, that seen does not mark.
 void zero_unseen(void* out, const uint8_t* seen, int64_t n, int64_t bytes, int threads);
 
-// out[r, :] = rows[place[r], :] rounded to bfloat16, 0 where place[r] < 0.
-void round_rows(uint16_t* out, const int64_t* place, const float* rows, int64_t n, int64_t d, int threads);
+// out[r, :] = rows[r, :] rounded to bfloat16, 0 where seen does not mark r.
+void round_rows(uint16_t* out, const uint8_t* seen, const float* rows, int64_t n, int64_t d, int threads);
 
 }  // namespace qempo::cpu
