@@ -25,7 +25,8 @@ except ImportError:  # before Triton 3.4
 
 
 class Block(NamedTuple):
-    """One program's rows, columns and depth, its warps, pipeline stages, and programs a processor."""
+    """One program's rows, columns and depth, its warps, pipeline stages, programs a processor, and whether loads and
+    products get warps of their own, where they can."""
 
     n: int
     v: int
@@ -33,6 +34,7 @@ class Block(NamedTuple):
     warps: int
     stages: int
     programs: int
+    specialize: bool = False
 
 
 class Sizes(NamedTuple):
@@ -45,6 +47,8 @@ class Sizes(NamedTuple):
 
 
 FEW = 64
+# Triton 3.9 is the oldest tried.
+_SPECIALIZES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 _CUDA = Sizes(
     few=Block(64, 64, 64, 4, 4, 2),
     many=Block(128, 128, 64, 8, 3, 1),
@@ -67,6 +71,84 @@ _CANDIDATES = Sizes(
     capped=[Block(n, v, 64, 8, s, 1) for n, v, s in ((128, 64, 3), (128, 64, 4), (64, 128, 3))],
     float32=[Block(n, v, d, 8, 3, 2) for n, v, d in ((32, 64, 16), (64, 64, 16), (64, 64, 32))],
 )
+
+
+@triton.jit
+def _tile(
+    tile,
+    n,
+    inv_t,
+    target,
+    peak,
+    total,
+    total_z,
+    total_sq,
+    target_z,
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    floor_ptr,
+    sum_z_ptr,
+    sum_sq_ptr,
+    columns_ptr,
+    N,
+    D,
+    V,
+    stride_xn,
+    stride_wv,
+    stride_wd,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The running statistics with one tile of logits added to them."""
+    block = tl.program_id(0).to(tl.int64)
+    live = n < N
+    kind: tl.constexpr = x_ptr.dtype if DESCRIPTORS else x_ptr.dtype.element_ty
+    c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = c < V
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for k in range(0, D, BLOCK_D):
+        if DESCRIPTORS:
+            # The copy engine fills what lies outside with zeros.
+            x = x_ptr.load([tl.program_id(0) * BLOCK_N, k])  # (BLOCK_N, BLOCK_D)
+            w = w_ptr.load([tile * BLOCK_V, k]).T  # (BLOCK_D, BLOCK_V)
+        else:
+            d = k + tl.arange(0, BLOCK_D)
+            # Rows and columns past the end read the last one instead of being masked: their logits are dropped
+            # below. int64: V * D passes 2**31 at 256k x 16k.
+            x_at = x_ptr + tl.minimum(n, N - 1)[:, None] * stride_xn + d[None, :]
+            w_at = w_ptr + tl.minimum(c, V - 1).to(tl.int64)[None, :] * stride_wv + d[:, None] * stride_wd
+            if EVEN_D:
+                x = tl.load(x_at)
+                w = tl.load(w_at)
+            else:
+                x = tl.load(x_at, mask=(d < D)[None, :], other=0.0)
+                w = tl.load(w_at, mask=(d < D)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=inside, other=0.0)[None, :]
+    # Rounded as the backward's GEMM rounds them: where p is near 1 its gradient is p - 1, and an lse of unrounded
+    # logits under a rounded logit of 20 would make that 0.06 in bfloat16.
+    raw = acc.to(kind).to(tl.float32)
+    z = capped(raw, bias, SCALE, SOFTCAP) * inv_t[:, None]
+    z = tl.where(inside[None, :], z, float("-inf"))
+    hit = c[None, :] == target[:, None]
+    here = (target >= tile * BLOCK_V) & (target < tile * BLOCK_V + BLOCK_V)
+    target_z = tl.where(here, tl.sum(tl.where(hit, z, 0.0), 1), target_z)
+    b_peak, b_total, b_total_z, b_total_sq = block_stats(z, sum_z_ptr is not None, sum_sq_ptr is not None)
+    peak, total, total_z, total_sq = merge(peak, total, total_z, total_sq, b_peak, b_total, b_total_z, b_total_sq)
+    if columns_ptr is not None:
+        # Log-sum-exp of this range so far, at most the row's own: a looser bound keeps more and biases nothing.
+        bound = tl.maximum(peak + tl.log(total), tl.load(floor_ptr + n, mask=live, other=0.0))
+        u = tl.where(live[:, None], z - bound[:, None], float("-inf"))
+        tl.store(columns_ptr + block * V + c, tl.max(u, 0), mask=inside)
+    return peak, total, total_z, total_sq, target_z
 
 
 @triton.jit
@@ -94,6 +176,7 @@ def _linear_logps_fused_kernel(
     SOFTCAP: tl.constexpr,
     EVEN_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -103,7 +186,6 @@ def _linear_logps_fused_kernel(
     split = tl.program_id(1)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     live = n < N
-    kind: tl.constexpr = x_ptr.dtype if DESCRIPTORS else x_ptr.dtype.element_ty
     inv_t = tl.full((BLOCK_N,), 1.0, tl.float32)
     if inv_t_ptr is not None:
         inv_t = tl.load(inv_t_ptr + n, mask=live, other=1.0)
@@ -115,46 +197,23 @@ def _linear_logps_fused_kernel(
     target_z = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     first = split * split_tiles
     end = tl.minimum(first + split_tiles, tl.cdiv(V, BLOCK_V))
-    for tile in range(first, end):
-        c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = c < V
-        acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        for k in range(0, D, BLOCK_D):
-            if DESCRIPTORS:
-                # The copy engine fills what lies outside with zeros.
-                x = x_ptr.load([tl.program_id(0) * BLOCK_N, k])  # (BLOCK_N, BLOCK_D)
-                w = w_ptr.load([tile * BLOCK_V, k]).T  # (BLOCK_D, BLOCK_V)
-            else:
-                d = k + tl.arange(0, BLOCK_D)
-                # Rows and columns past the end read the last one instead of being masked: their logits are dropped
-                # below. int64: V * D passes 2**31 at 256k x 16k.
-                x_at = x_ptr + tl.minimum(n, N - 1)[:, None] * stride_xn + d[None, :]
-                w_at = w_ptr + tl.minimum(c, V - 1).to(tl.int64)[None, :] * stride_wv + d[:, None] * stride_wd
-                if EVEN_D:
-                    x = tl.load(x_at)
-                    w = tl.load(w_at)
-                else:
-                    x = tl.load(x_at, mask=(d < D)[None, :], other=0.0)
-                    w = tl.load(w_at, mask=(d < D)[:, None], other=0.0)
-            acc = tl.dot(x, w, acc, input_precision="ieee")
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + c, mask=inside, other=0.0)[None, :]
-        # Rounded as the backward's GEMM rounds them: where p is near 1 its gradient is p - 1, and an lse of unrounded
-        # logits under a rounded logit of 20 would make that 0.06 in bfloat16.
-        raw = acc.to(kind).to(tl.float32)
-        z = capped(raw, bias, SCALE, SOFTCAP) * inv_t[:, None]
-        z = tl.where(inside[None, :], z, float("-inf"))
-        hit = c[None, :] == target[:, None]
-        here = (target >= tile * BLOCK_V) & (target < tile * BLOCK_V + BLOCK_V)
-        target_z = tl.where(here, tl.sum(tl.where(hit, z, 0.0), 1), target_z)
-        b_peak, b_total, b_total_z, b_total_sq = block_stats(z, sum_z_ptr is not None, sum_sq_ptr is not None)
-        peak, total, total_z, total_sq = merge(peak, total, total_z, total_sq, b_peak, b_total, b_total_z, b_total_sq)
-        if columns_ptr is not None:
-            # Log-sum-exp of this range so far, at most the row's own: a looser bound keeps more and biases nothing.
-            bound = tl.maximum(peak + tl.log(total), tl.load(floor_ptr + n, mask=live, other=0.0))
-            u = tl.where(live[:, None], z - bound[:, None], float("-inf"))
-            tl.store(columns_ptr + block * V + c, tl.max(u, 0), mask=inside)
+    if SPECIALIZE:
+        # Loads, products and the softmax go to warps of their own. Before Triton 3.3 there is no such keyword.
+        for tile in tl.range(first, end, warp_specialize=True):
+            peak, total, total_z, total_sq, target_z = _tile(
+                tile, n, inv_t, target, peak, total, total_z, total_sq, target_z,
+                x_ptr, w_ptr, bias_ptr, floor_ptr, sum_z_ptr, sum_sq_ptr, columns_ptr,
+                N, D, V, stride_xn, stride_wv, stride_wd,
+                SCALE, SOFTCAP, EVEN_D, DESCRIPTORS, BLOCK_N, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+    else:
+        for tile in range(first, end):
+            peak, total, total_z, total_sq, target_z = _tile(
+                tile, n, inv_t, target, peak, total, total_z, total_sq, target_z,
+                x_ptr, w_ptr, bias_ptr, floor_ptr, sum_z_ptr, sum_sq_ptr, columns_ptr,
+                N, D, V, stride_xn, stride_wv, stride_wd,
+                SCALE, SOFTCAP, EVEN_D, DESCRIPTORS, BLOCK_N, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
     at = split.to(tl.int64) * N + n
     tl.store(max_ptr + at, peak, mask=live)
     tl.store(sum_ptr + at, total, mask=live)
@@ -165,17 +224,38 @@ def _linear_logps_fused_kernel(
     tl.store(target_z_ptr + at, target_z, mask=live)
 
 
-def _descriptors(x: torch.Tensor, w: torch.Tensor, block: Block) -> tuple[Any, Any] | None:
-    """x and w for the copy engine of capability 9.0 and newer, or None where they or the device do not suit it."""
+def _suit_copy_engine(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether the device has the copy engine, of capability 9.0 and newer, and it can read x and w."""
     arch = architecture(x.device)
     engine = arch == "interpreter" or (arch.startswith("cuda:") and int(arch[5:]) >= 90)
     if TensorDescriptor is None or not engine:
+        return False
+    # It reads whole rows that start at multiples of 16 bytes.
+    return not any(t.stride(1) != 1 or t.stride(0) * t.element_size() % 16 or t.data_ptr() % 16 for t in (x, w))
+
+
+def _descriptors(x: torch.Tensor, w: torch.Tensor, block: Block) -> tuple[Any, Any] | None:
+    """x and w for the copy engine, or None where they do not suit it."""
+    if not _suit_copy_engine(x, w):
         return None
-    for t in (x, w):
-        # It reads whole rows that start at multiples of 16 bytes.
-        if t.stride(1) != 1 or t.stride(0) * t.element_size() % 16 or t.data_ptr() % 16:
-            return None
     return TensorDescriptor.from_tensor(x, [block.n, block.d]), TensorDescriptor.from_tensor(w, [block.v, block.d])
+
+
+def _specializes(x: torch.Tensor, w: torch.Tensor, block: Block) -> bool:
+    """Whether the compiler gives the copy engine's loads warps of their own; docs/linear_logps_gpu.md has what it does
+    on Hopper with other blocks.
+    """
+    arch = architecture(x.device)
+    hopper = arch == "cuda:90" and x.dtype != torch.float32 and (block.n, block.warps) == (64, 4)
+    return _SPECIALIZES and (hopper or arch.startswith("cuda:10")) and _suit_copy_engine(x, w)
+
+
+def _candidates(size: str, x: torch.Tensor, w: torch.Tensor) -> list[Block]:
+    """The blocks to time, each once more with warps of its own for loads where that can be."""
+    plain: list[Block] = getattr(_CANDIDATES, size)
+    able = [b for b in plain if _specializes(x, w, b)]
+    # Triton gives such a program all registers of a processor.
+    return plain + [b._replace(specialize=True, programs=1) for b in able]
 
 
 def fused_fwd(
@@ -219,6 +299,7 @@ def fused_fwd(
             *(x.stride(0), w.stride(0), w.stride(1), per_split, scale, softcap),
             EVEN_D=depth % block.d == 0,
             DESCRIPTORS=descriptors is not None,
+            SPECIALIZE=block.specialize and _specializes(x, w, block),
             BLOCK_N=block.n,
             BLOCK_V=block.v,
             BLOCK_D=block.d,
@@ -236,13 +317,15 @@ def fused_fwd(
     default = getattr(row(LAUNCH, architecture(x.device)), size)
     with on_device(x):
         block = tuned(
-            *(f"linear_logps fused {size}", shape, x.device, default, getattr(_CANDIDATES, size)),
+            *(f"linear_logps fused {size}", shape, x.device, default, _candidates(size, x, w)),
             lambda b: run(b, [None if s is None else s.clone() for s in stats], columns),
         )
         run(block, stats, columns)
 
 
-def _signature(arch: str, size: str, dtype: str, full: bool, even: bool, descriptors: bool = False) -> Signature:
+def _signature(
+    arch: str, size: str, dtype: str, full: bool, even: bool, descriptors: bool = False, specialize: bool = False
+) -> Signature:
     block: Block = getattr(LAUNCH[arch], size)
     optional = ["bias_ptr", "inv_t_ptr", "sum_z_ptr", "sum_sq_ptr", "columns_ptr", "floor_ptr"]
 
@@ -259,13 +342,14 @@ def _signature(arch: str, size: str, dtype: str, full: bool, even: bool, descrip
         | pointers(["max_ptr", "sum_ptr", "target_z_ptr", *(optional if full else [])]),
         {"stride_wd": 1, "SCALE": 0.5 if full else 1.0, "SOFTCAP": 30.0 if full else None}
         | ({} if full else dict.fromkeys(optional, None))
-        | {"EVEN_D": even, "DESCRIPTORS": descriptors}
+        | {"EVEN_D": even, "DESCRIPTORS": descriptors, "SPECIALIZE": specialize}
         | {"BLOCK_N": block.n, "BLOCK_V": block.v, "BLOCK_D": block.d},
         hot=True,
         num_warps=block.warps,
         num_stages=block.stages,
         aligned=("D", "V", "stride_xn", "stride_wv"),
-        targets=("cuda:9", "cuda:1") if descriptors else ("cuda", "hip"),
+        # "cuda:90", or "cuda:10" for cuda:103 too.
+        targets=(arch[:7],) if specialize else ("cuda:9", "cuda:1") if descriptors else ("cuda", "hip"),
     )
 
 
@@ -282,4 +366,14 @@ if TensorDescriptor is not None:
         _signature("cuda:90", "many", "*bf16", False, True, True),
         _signature("cuda:90", "capped", "*bf16", True, False, True),
         _signature("cuda:90", "float32", "*fp32", True, False, True),
+    ]
+if _SPECIALIZES:
+    COMPILE += [
+        _signature("cuda:90", "few", "*bf16", False, True, True, True),
+        _signature("cuda:90", "few", "*fp16", True, False, True, True),
+        _signature("cuda:100", "few", "*bf16", False, True, True, True),
+        _signature("cuda:100", "few", "*fp16", True, False, True, True),
+        _signature("cuda:100", "many", "*bf16", False, True, True, True),
+        _signature("cuda:100", "capped", "*bf16", True, False, True, True),
+        _signature("cuda:100", "float32", "*fp32", True, False, True, True),
     ]

@@ -235,3 +235,30 @@ def test_amd_spills_are_read_from_each_counter() -> None:
     assert _hsaco_usage(metadata.format(sgpr=0, vgpr=0)) == (52, 0)
     assert _hsaco_usage(metadata.format(sgpr=0, vgpr=3)) == (52, 12)
     assert _hsaco_usage(metadata.format(sgpr=2, vgpr=0)) == (52, 8)
+
+
+_SPECIALIZED = """
+import triton
+from qempo_fast.cli import compile as command
+from qempo_fast.kernels import linear_logps_fused as fused
+built, compile = [], triton.compile
+triton.compile = lambda *args, **more: built.append(compile(*args, **more)) or built[-1]
+for signature in fused.COMPILE:
+    on = signature.constexprs["SPECIALIZE"]
+    for target in (t for t in ("cuda:90", "cuda:100") if t.startswith(signature.targets)):
+        command.compile_one(signature, target)
+        print(target, on, "ttg.warp_specialize(" in built[-1].asm["ttgir"])
+"""
+
+
+def test_a_specialised_kernel_has_warps_of_its_own_and_no_other_has() -> None:
+    fused = pytest.importorskip("qempo_fast.kernels.linear_logps_fused")
+    if not fused._SPECIALIZES:
+        pytest.skip("Triton 3.9 or newer")
+    done = compile_command(script=_SPECIALIZED)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert {(target, on) for target, on, _ in rows} == {
+        (t, o) for t in ("cuda:90", "cuda:100") for o in ("True", "False")
+    }
+    assert all(on == found for _, on, found in rows), done.stdout
