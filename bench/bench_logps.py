@@ -88,7 +88,7 @@ FEW = ("qempo_fast sampled", "qempo_fast exact", "plain torch", "cut-cross-entro
 SETS = {
     "quick": Set([QUICK]),
     "main": Set(MAIN, memory=True),
-    "models": Set(MODELS, ("qempo_fast sampled 2^-10", "qempo_fast exact", "plain torch", *OTHERS), rounds=3),
+    "models": Set(MODELS, ("qempo_fast sampled 2^-11", "qempo_fast exact", "plain torch", *OTHERS), rounds=3),
     "completions": Set(COMPLETIONS),
     "scaling": Set([*BY_N, *BY_TEMPERATURE, *BY_V, *BY_D], FEW),
     "threads": Set([QUICK], threads=("one", "all")),
@@ -156,7 +156,8 @@ def _kept_logits(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Ten
 
 PROVIDERS: dict[str, Provider] = {
     "qempo_fast sampled": _ours(grad="sampled", tau=2.0**-9),
-    "qempo_fast sampled 2^-10": _ours(grad="sampled", tau=2.0**-10),
+    "qempo_fast sampled 2^-7": _ours(grad="sampled", tau=2.0**-7),
+    "qempo_fast sampled 2^-11": _ours(grad="sampled", tau=2.0**-11),
     "qempo_fast exact": _ours(grad="exact"),
     "qempo_fast exact, logits kept": Provider("ours", lambda case, device: _kept_logits),
     "plain torch": Provider("peer", lambda case, device: _plain),

@@ -6,7 +6,6 @@ says less than (1 - tolerance) of the committed ratio: a slow moment of the mach
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -40,9 +39,8 @@ def fallen(now: list[dict], then: list[dict], tolerance: float) -> tuple[list[st
     return lines, compared
 
 
-def regressions(now: list[dict], path: Path, tolerance: float, console: Console) -> int:
-    """Print what fell; 1 where anything did, 2 where no row of the file was measured again, else 0."""
-    then = json.loads(path.read_text())["rows"]
+def regressions(now: list[dict], then: list[dict], path: Path, tolerance: float, console: Console) -> int:
+    """Print what fell since then, the rows of path; 1 where anything did, 2 where no row was measured again, else 0."""
     lines, compared = fallen(now, then, tolerance)
     if not compared:
         console.print(f"compare: no case of {path} was run again", style="red", soft_wrap=True)

@@ -35,6 +35,13 @@ def load(folder: Path = FOLDER) -> list[dict[str, Any]]:
     return [row for _, table in newest.values() for row in table]
 
 
+def committed(path: Path, device: str) -> list[dict[str, Any]]:
+    """The rows of one run's file; of a folder, those of the newest run of each case on this device."""
+    if path.is_dir():
+        return [r for r in load(path) if r["run"]["device"] == device]
+    return json.loads(path.read_text())["rows"]
+
+
 def pick(rows: Iterable[dict], **wanted: Any) -> list[dict]:
     """The rows whose columns have these values; a function says of a value whether it will do."""
     return [

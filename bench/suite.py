@@ -212,14 +212,15 @@ def main(
     """Run, print, write, compare; returns the exit status: 0, 1 where a ratio fell, 2 where nothing could be run."""
     import show
     from compare import regressions
+    from results import committed
 
     unknown = [op for op in ops if op not in OPS]
     if unknown:
         return _refuse(f"op: wanted some of {', '.join(OPS)}, got {', '.join(unknown)}")
     if device == "cuda" and not torch.cuda.is_available():
         return _refuse("device: wanted a GPU that torch can use, got none")
-    if compare is not None and not compare.is_file():
-        return _refuse(f"compare: wanted a file of results, got {compare}")
+    if compare is not None and not compare.exists():
+        return _refuse(f"compare: wanted a file or a folder of results, got {compare}")
     options = Options(
         tuple(ops), case, DEFAULT_SETS[device], device=device, threads=tuple(threads), providers=tuple(providers)
     )
@@ -240,7 +241,7 @@ def main(
         console.print(f"written: {path}", soft_wrap=True)
     if compare is None:
         return 0
-    return regressions(table, compare, tolerance, console)
+    return regressions(table, committed(compare, header["device"]), compare, tolerance, console)
 
 
 def _refuse(message: str) -> int:

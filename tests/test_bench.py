@@ -131,19 +131,18 @@ def test_table_shows_ratio_and_share_of_the_floor(tiny: tuple[Path, dict[str, An
     assert f" {100 * row['floor_ms'] / row['median_ms']:.0f} " in line
 
 
-def test_comparison_fails_only_past_the_tolerance(tiny: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+def test_comparison_fails_only_past_the_tolerance(tiny: tuple[Path, dict[str, Any], str]) -> None:
     """The same rows pass; committed ratios that no turn of now comes near make the status 1; a slow turn does not."""
     compare = _module("compare")
     rows = tiny[1]["rows"]
-    path = tmp_path / "then.json"
+    path = Path("then.json")
 
     def status(factor: float, now: list[dict]) -> int:
         then = [
             {**r, "ratio_to_best_peer": r["ratio_to_best_peer"] * factor} if "ratio_to_best_peer" in r else r
             for r in rows
         ]
-        path.write_text(json.dumps({"rows": then}))
-        return compare.regressions(now, path, 0.2, compare.Console(quiet=True))
+        return compare.regressions(now, then, path, 0.2, compare.Console(quiet=True))
 
     assert status(1.0, rows) == 0
     assert status(0.5, rows) == 0
@@ -156,6 +155,28 @@ def test_comparison_fails_only_past_the_tolerance(tiny: tuple[Path, dict[str, An
     lines, compared = compare.fallen(gone, rows, 0.2)
     assert len(lines) == compared > 0
     assert status(1.0, []) == 2
+
+
+def test_a_folder_to_compare_with_gives_the_newest_run_on_the_device(
+    tiny: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    results, run = _module("results"), tiny[1]
+    better = [{**r, "provider": "better"} for r in run["rows"]]
+    runs = {
+        "b": run,
+        "a-before": {**run, "date": "2020-01-01 00:00 UTC", "rows": better},
+        "c-elsewhere": {**run, "device": "a GPU", "rows": better},
+    }
+    for name, content in runs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+
+    def providers(device: str) -> set[str]:
+        return {r["provider"] for r in results.committed(tmp_path, device)}
+
+    assert providers("cpu") == {r["provider"] for r in run["rows"]}
+    assert providers("a GPU") == {"better"}
+    assert providers("another") == set()
+    assert results.committed(tmp_path / "a-before.json", "cpu") == better
 
 
 def test_training_step_and_pytest_benchmark(tmp_path: Path) -> None:
@@ -303,7 +324,10 @@ def test_a_wheel_says_that_it_needs_the_source_tree(tmp_path: Path, monkeypatch:
     [
         (["--op", "attention"], "op: wanted some of logps"),
         (["--case", "no such case", "--op", "dpp"], "no case of dpp holds 'no such case'"),
-        (["--compare", "nothing.json", "--op", "dpp"], "compare: wanted a file of results, got nothing.json"),
+        (
+            ["--compare", "nothing.json", "--op", "dpp"],
+            "compare: wanted a file or a folder of results, got nothing.json",
+        ),
     ],
 )
 def test_bad_arguments_run_nothing(words: list[str], message: str, tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def bench(
     provider: Annotated[list[str] | None, typer.Option(help="Only this provider; may be repeated.")] = None,
     group: Annotated[list[str] | None, typer.Option("--set", help="Only this set of cases; may be repeated.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One or two cases an op, under a minute.")] = False,
-    compare: Annotated[Path | None, typer.Option(help="Exit with 1 where a ratio fell against these results.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Exit with 1 where ratios fell against this file or folder.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, max=1.0, help="How far a ratio may fall, as a share.")] = 0.2,
     json: Annotated[Path | None, typer.Option(help="Write every row here; a folder gets <device>-<date>.json.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
