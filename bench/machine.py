@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,19 @@ class Ceilings(NamedTuple):
     def floor_ms(self, dtype: str, floor_bytes: float = 0.0, floor_flops: float = 0.0) -> float:
         """Time that the longer of the two needs."""
         return max(floor_bytes / self.copy_gbs, floor_flops / self.gemm_gflops[dtype]) / 1e6
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed, for the rest of the process; False where the C library is another.
+
+    A gradient of 108 MiB went back to the system at each free and came back page by page. On a virtual machine that
+    took 20 to 120 ms, by turns: more than the backward that it was part of. Allocators of training runs keep it too.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
 
 
 def _best(function: Callable[[], torch.Tensor], device: str, runs: int) -> float:

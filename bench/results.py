@@ -11,6 +11,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "bench" / "results"
 SAMPLED_ERROR = "sampled_error.json"
+# Runs under QEMPO_BENCH_ALLOCATOR=system; load() reads one folder, so they never stand for the others.
+SYSTEM_ALLOCATOR = "system_allocator"
 
 
 def load(folder: Path = FOLDER) -> list[dict[str, Any]]:

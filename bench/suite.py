@@ -164,6 +164,8 @@ def measure(options: Options, on_rows: Callable[[list[dict]], None] = lambda tab
     plan = planned(options)
     before = torch.get_num_threads()
     header: dict[str, Any] = {**environment(PEERS, options.device), "rounds": options.rounds, "ceilings": []}
+    keep = os.environ.get("QEMPO_BENCH_ALLOCATOR") != "system"
+    header["keeps_freed_memory"] = keep and machine.keep_freed_memory()
     ceilings: dict[int, machine.Ceilings] = {}
     table: list[dict] = []
     try:
