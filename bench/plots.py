@@ -137,8 +137,7 @@ def memory_vocabulary(rows: Rows, folder: Path) -> None:
     sizes = sorted({r["v"] for r in found})
     axis.set_xticks(sizes, [f"{v:,}" for v in sizes])
     axis.grid(alpha=0.3)
-    axis.set_ylim(0)
-    axis.margins(x=0.12)
+    axis.margins(x=0.12, y=0.06)
     first = found[0]
     axis.set_xlabel("V, vocabulary")
     axis.set_ylabel("peak MiB above inputs and gradients")
