@@ -214,7 +214,21 @@ def goal(what: str, wanted: float, got: float, at_least: bool = True) -> list[st
 GOAL_HEAD = ["goal", "wanted", "measured", "reached"]
 
 
+def _both_allocators(make: Callable[[Rows], list[list[str]]], rows: Rows) -> str:
+    """Each goal twice: as all rows are measured, and with memory that goes back to the system when freed."""
+    lines = make(rows)
+    if not lines:
+        return NOT_YET
+    system = {line[0]: line[2:] for line in make(load(FOLDER / SYSTEM_ALLOCATOR))}
+    head = [*GOAL_HEAD, "system's allocator", "reached"]
+    return table(head, [[*line, *system.get(line[0], ["-", "-"])] for line in lines])
+
+
 def dpp_goals(rows: Rows) -> str:
+    return _both_allocators(_dpp_goals, rows)
+
+
+def _dpp_goals(rows: Rows) -> list[list[str]]:
     lines = []
     for n in sorted({r["threads"] for r in pick(rows, op="dpp")}):
         timed = pick(rows, op="dpp", threads=n, d=384)
@@ -226,7 +240,7 @@ def dpp_goals(rows: Rows) -> str:
             mine, name = one(timed, provider=CPU, **case), f"k = {k}, {threads(timed[0])}"
             lines.append(goal(f"eager / ours, {name}", eager, times(fastest(timed, EAGER, **case), mine)))
             lines.append(goal(f"compile / ours, {name}", comp, times(fastest(timed, COMPILE, **case), mine)))
-    return table(GOAL_HEAD, lines) if lines else NOT_YET
+    return lines
 
 
 def _main_logps(rows: Rows) -> list[Rows]:
@@ -242,13 +256,7 @@ def logps_table(rows: Rows) -> str:
 
 
 def logps_goals(rows: Rows) -> str:
-    """Each goal twice: as all rows are measured, and with memory that goes back to the system when freed."""
-    lines = _logps_goals(rows)
-    if not lines:
-        return NOT_YET
-    system = {line[0]: line[2:] for line in _logps_goals(load(FOLDER / SYSTEM_ALLOCATOR))}
-    head = [*GOAL_HEAD, "system's allocator", "reached"]
-    return table(head, [[*line, *system.get(line[0], ["-", "-"])] for line in lines])
+    return _both_allocators(_logps_goals, rows)
 
 
 def _logps_goals(rows: Rows) -> list[list[str]]:
