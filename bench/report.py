@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from results import FOLDER, ROOT, SAMPLED_ERROR, SYSTEM_ALLOCATOR, cases, headline, load, one, pick, threads
+from results import FOLDER, ROOT, SAMPLED_ERROR, SYSTEM_ALLOCATOR, cases, committed, headline, load, one, pick, threads
 from show import EXTRA, milliseconds, percent_of_floor
 
 CPU, SAMPLED, EXACT = "qempo_fast cpu", "qempo_fast sampled", "qempo_fast exact"
@@ -219,7 +219,7 @@ def _both_allocators(make: Callable[[Rows], list[list[str]]], rows: Rows) -> str
     lines = make(rows)
     if not lines:
         return NOT_YET
-    system = {line[0]: line[2:] for line in make(load(FOLDER / SYSTEM_ALLOCATOR))}
+    system = {line[0]: line[2:] for line in make(committed(FOLDER / SYSTEM_ALLOCATOR, "cpu"))}
     head = [*GOAL_HEAD, "system's allocator", "reached"]
     return table(head, [[*line, *system.get(line[0], ["-", "-"])] for line in lines])
 

@@ -23,20 +23,10 @@ def _ptr(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Not yet written, in huge pages where the system gives them."""
-    out = torch.empty(shape, dtype=dtype)
-    _C.ask_huge_pages(out.data_ptr(), out.nbytes)
-    return out
-
-
 class _CpuRowSum(RowSum):
     """Rows are stored at their first touch and the rest zeroed at the end: one pass over the result, not two."""
 
     buffer: torch.Tensor | None = None
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return _huge(shape, dtype)
 
     def begin(self, block: slice, columns: Sequence[torch.Tensor | None]) -> None:
         self.out = self.sum = self.total[block]
@@ -74,7 +64,10 @@ class CpuPass(TilePass):
         return SAMPLED if sampled else EXACT
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return _huge(shape, dtype)
+        # In huge pages where the system gives them.
+        out = torch.empty(shape, dtype=dtype, device=device)
+        _C.ask_huge_pages(out.data_ptr(), out.nbytes)
+        return out
 
     def gather(self, weight: torch.Tensor, at: torch.Tensor, out: torch.Tensor) -> None:
         row = weight.shape[1] * weight.element_size()
@@ -82,7 +75,7 @@ class CpuPass(TilePass):
         _C.gather_rows(*addresses, len(at), len(out), row, torch.get_num_threads())
 
     def row_sum(self, weight: torch.Tensor) -> RowSum:
-        return _CpuRowSum(weight)
+        return _CpuRowSum(self.empty(weight.shape, weight.dtype, weight.device))
 
     def new_columns(self, vocabulary: int, like: RowStats) -> torch.Tensor:
         return like.max.new_full((torch.get_num_threads(), vocabulary), -torch.inf)

@@ -10,19 +10,16 @@ from .options import accumulator
 
 
 class RowSum:
-    """(V, D) of weight's dtype, 0 in rows that nothing was added to; in plain torch, for any device.
+    """total, (V, D) and not yet written, becomes 0 in rows that nothing was added to; in plain torch, for any device.
 
     It is made block by block: begin() names the rows of weight, add() numbers them from there, end() writes them. In
     half precision the float32 buffer has the rows of a block that will be added to, and no others: one of all rows
     and its cast back cost 11 to 23% of a step.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.total = self._empty(weight.shape, weight.dtype, weight.device)
-        self.half = weight.dtype != accumulator(weight.dtype)
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, total: torch.Tensor) -> None:
+        self.total = total
+        self.half = total.dtype != accumulator(total.dtype)
 
     def begin(self, block: slice, columns: Sequence[torch.Tensor | None]) -> None:
         """columns: what each later add() will name, None for a slice."""

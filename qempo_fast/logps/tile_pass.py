@@ -58,4 +58,4 @@ class TilePass(ABC):
 
     def row_sum(self, weight: torch.Tensor) -> RowSum:
         """The sum that becomes dweight."""
-        return RowSum(weight)
+        return RowSum(self.empty(weight.shape, weight.dtype, weight.device))
