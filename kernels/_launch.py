@@ -11,7 +11,19 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+# Read once: os.environ takes 2 microseconds a look, of 8 that a launch costs.
+AUTOTUNE = os.environ.get("QEMPO_AUTOTUNE", "0") == "1"
 _FOUND: dict[Hashable, object] = {}
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). triton.cdiv is made for kernels and takes 2.4 microseconds on the host; launchers call it often."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
 
 
 @functools.cache
@@ -43,6 +55,16 @@ def row(table: Mapping[str, T], arch: str) -> T:
     return table[(older or same[:1])[-1]]
 
 
+def sizes_of(table: Mapping[str, T]) -> Callable[[torch.device], T]:
+    """The function that gives the table's row of a device, looked up once for each."""
+
+    @functools.cache
+    def of(device: torch.device) -> T:
+        return row(table, architecture(device))
+
+    return of
+
+
 def _milliseconds(run: Callable[[], None]) -> float:
     import triton.testing
     from triton.runtime.errors import OutOfResources
@@ -58,9 +80,11 @@ def tuned(
 ) -> T:
     """default, or with QEMPO_AUTOTUNE=1 the fastest candidate at this shape, printed once as the row to commit.
 
+    A launcher asks AUTOTUNE first: to name the shape alone takes a microsecond.
+
     run(candidate) must leave nothing behind that the caller reads: it runs many times.
     """
-    if os.environ.get("QEMPO_AUTOTUNE", "0") != "1" or device.type != "cuda":
+    if not AUTOTUNE or device.type != "cuda":
         return default
     key = (name, shape, device)
     if key not in _FOUND:

@@ -455,9 +455,9 @@ def test_autotune_runs_each_candidate_and_prints_the_fastest_once(
     monkeypatch.setattr(_launch, "_FOUND", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "chip")
     arguments = ("op", "4 x 5", gpu, 10, [10, 20, 30], ran.append)
-    monkeypatch.setenv("QEMPO_AUTOTUNE", "0")
+    monkeypatch.setattr(_launch, "AUTOTUNE", False)
     assert _launch.tuned(*arguments) == 10
-    monkeypatch.setenv("QEMPO_AUTOTUNE", "1")
+    monkeypatch.setattr(_launch, "AUTOTUNE", True)
     assert _launch.tuned("op", "4 x 5", torch.device("cpu"), *arguments[3:]) == 10
     assert ran == []
     assert [_launch.tuned(*arguments) for _ in range(2)] == [20, 20]

@@ -51,7 +51,7 @@ def signatures() -> list[Any]:
     return found
 
 
-def _gpu_target(name: str) -> Any:
+def gpu_target(name: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
     kind, _, arch = name.partition(":")
@@ -101,7 +101,7 @@ def compile_one(signature: Any, target: str) -> Usage:
     }
     compiled = triton.compile(
         ASTSource(kernel, types, dict(signature.constexprs), aligned),
-        target=_gpu_target(target),
+        target=gpu_target(target),
         options={"num_warps": signature.num_warps, "num_stages": signature.num_stages},
     )
     if target.startswith("cuda"):
@@ -153,7 +153,7 @@ def run(targets: Sequence[str], only: str, console: Console) -> int:
     except ImportError as error:
         fail(f"compile needs triton, which runs on Linux: {error}")
     for target in targets:
-        _gpu_target(target)
+        gpu_target(target)
     if triton.knobs.runtime.interpret:
         fail("compile: TRITON_INTERPRET is set, which replaces the kernels by their interpreter; unset it")
     chosen = [s for s in signatures() if only in s.kernel.__name__]
