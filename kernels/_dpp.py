@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ._common import Signature
+from ._launch import power_of_2
 
 # Rows of the largest group that the kernels take.
 LARGEST = 64
-_LARGEST = tl.constexpr(LARGEST)
 BLOCK_D = 64
 _WARPS = {16: 2, 32: 4, 64: 8}
+# More than the k x k matrices need: three of them at once fill the registers of fewer.
+CAREFUL_WARPS = 8
 
 
+# Numbers are defaults or local to a kernel: Triton compares each global one at every launch, 0.7 microseconds each.
 @triton.jit
-def span(offsets_ptr, g, M, k):
+def span(offsets_ptr, g, M, k, LARGEST: tl.constexpr = LARGEST):
     """First row and size of group g, cut to [0, M), and whether its offsets are right."""
     zero = tl.zeros((), tl.int64)
     if offsets_ptr is None:
@@ -31,8 +34,18 @@ def span(offsets_ptr, g, M, k):
         low = tl.minimum(tl.maximum(begin, zero), M)
         high = tl.minimum(tl.maximum(end, zero), M)
         size = tl.maximum(high - low, zero)
-        valid = (low == begin) & (high == end) & (size > 0) & (size <= _LARGEST)
+        valid = (low == begin) & (high == end) & (size > 0) & (size <= LARGEST)
     return low, size, valid
+
+
+@triton.jit
+def kept_in(kept_ptr, offsets_ptr, M, k, LARGEST: tl.constexpr = LARGEST):
+    """P, Q, the rows' and the groups' numbers in the slab of qempo_fast/_dpp_gpu.py, and the pitch of P and Q."""
+    rows = tl.zeros((), tl.int64) + M
+    pitch = rows * 0 + k if offsets_ptr is None else tl.minimum(rows, LARGEST)
+    q_ptr = kept_ptr + (rows * pitch + 1) // 2 * 2
+    line_ptr = q_ptr + (rows * pitch + 1) // 2 * 2
+    return kept_ptr, q_ptr, line_ptr, line_ptr + (3 * rows + 1) // 2 * 2, pitch
 
 
 @triton.jit
@@ -96,7 +109,7 @@ def log_scale(log_quality_ptr, at, live, length, NORMALIZE: tl.constexpr):
     """log s_i; minus infinity for a row of zeros, which is the zero vector whatever its quality."""
     log_s = tl.zeros_like(length)
     if log_quality_ptr is not None:
-        log_s = tl.load(log_quality_ptr + at, mask=live, other=0.0) / 2
+        log_s = tl.load(log_quality_ptr + at, mask=live, other=0.0).to(tl.float64) / 2
     if not NORMALIZE:
         log_s += tl.log(tl.where(live, length, 1.0))
     return tl.where(live & (length == 0), float("-inf"), log_s)
@@ -138,6 +151,12 @@ def sweep(a, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def dependence_floor(size):
+    """Squared sine, and weight, that rounding leaves between dependent rows: 8 k eps of float64."""
+    return 8 * 2.220446049250313e-16 * size.to(tl.float64)
+
+
+@triton.jit
 def keep_rows(line_ptr, at, live, factor, ridge_m, length):
     tl.store(line_ptr + 3 * at, factor, mask=live)
     tl.store(line_ptr + 3 * at + 1, ridge_m, mask=live)
@@ -168,13 +187,6 @@ def store_results(logdet_ptr, gains_ptr, baselines_ptr, g, at, live, size, logde
 
 
 @triton.jit
-def ridge_of(high, low, exponent):
-    """The ridge as float64: a Python float reaches a kernel as float32, which 1e-50 leaves."""
-    zero = tl.zeros((), tl.float64)
-    return (zero + high + low) * tl.exp2(zero + exponent)
-
-
-@triton.jit
 def outer_sum(left, right, size, BLOCK: tl.constexpr):
     """left^T right over the first `size` rows, in float64, which tl.dot does not have everywhere."""
     sums = tl.zeros((BLOCK, BLOCK), tl.float64)
@@ -183,36 +195,45 @@ def outer_sum(left, right, size, BLOCK: tl.constexpr):
     return sums
 
 
-def shares(k: int, rows: int, ragged: bool) -> Iterator[dict[str, Any]]:
-    """Constants of each launch: one for equal groups; for ragged ones one for the small, one for the large."""
-    if not ragged:
-        block = max(16, triton.next_power_of_2(k))
-        yield {"LOW": 1, "HIGH": LARGEST, "REST": False, "BLOCK_K": block, "num_warps": _WARPS[block]}
-        return
-    small = rows <= 16
-    yield {"LOW": 1, "HIGH": 16, "REST": small, "BLOCK_K": 16, "num_warps": _WARPS[16]}
-    if not small:
-        yield {"LOW": 17, "HIGH": LARGEST, "REST": True, "BLOCK_K": 64, "num_warps": _WARPS[64]}
+class Share(NamedTuple):
+    """Constants of one launch: of the direct path's kernels, and of the careful one's."""
+
+    direct: dict[str, Any]
+    careful: dict[str, Any]
 
 
-def signature(kernel: Any, x: str, k: int, ragged: bool, **options: Any) -> Signature:
-    """The launch of one kernel on embeddings of Triton type x, with log_quality and normalised rows."""
-    share = list(shares(k, 1000, ragged))[-1]
-    pointers = {"x_ptr": x, "offsets_ptr": "*i64", "picks_ptr": "*i64", "grad_x_ptr": x, "careful_ptr": "*i32"}
-    doubles = ("log_quality_ptr", "p_ptr", "q_ptr", "line_ptr")
-    scalars = {"ridge_high": "fp32", "ridge_low": "fp32", "ridge_exponent": "i32", "k": "i32", "d": "i32"}
-    constants = {"NORMALIZE": True, "WIDEN": False, "BLOCK_D": BLOCK_D, **share}
+def _share(low: int, high: int, block: int, rest: bool) -> Share:
+    sizes = {"LOW": low, "HIGH": high, "BLOCK_K": block, "BLOCK_D": BLOCK_D}
+    return Share({**sizes, "REST": rest, "num_warps": _WARPS[block]}, {**sizes, "num_warps": CAREFUL_WARPS})
+
+
+@functools.cache
+def shares(k: int, small: bool) -> tuple[Share, ...]:
+    """One launch for equal groups of k rows; for ragged ones, k = 0, one for the small, one for the large.
+
+    `small`: there are at most 16 rows in all, so that no group is large.
+    """
+    if k:
+        return (_share(1, LARGEST, max(16, power_of_2(k)), False),)
+    return (_share(1, 16, 16, small),) + (() if small else (_share(17, LARGEST, 64, True),))
+
+
+def signature(kernel: Any, x: str, k: int, ragged: bool, without: tuple[str, ...] = (), **options: Any) -> Signature:
+    """The launch of one kernel on embeddings of Triton type x, normalised, with all tensors but those named."""
+    share = shares(0 if ragged else k, False)[-1].direct
+    pointers = {"x_ptr": x, "offsets_ptr": "*i64", "picks_ptr": "*i64", "grad_x_ptr": x, "kept_ptr": "*fp64"}
+    scalars = {"ridge": "fp64", "G": "i64", "M": "i64"}
+    constants = {"NORMALIZE": True, "WIDEN": False, **share}
     options = {"num_warps": constants.pop("num_warps"), **options}
-    if not ragged:
-        constants["offsets_ptr"] = None
+    constants |= dict.fromkeys(without if ragged else (*without, "offsets_ptr"))
     types = {}
     for name in kernel.arg_names:
         if name in constants:
             continue
         if name.endswith("_ptr"):
-            types[name] = pointers.get(name, "*fp64" if name in doubles else "*fp32")
+            types[name] = pointers.get(name, "*fp32")
         else:
-            types[name] = scalars.get(name, "i64" if name in "GM" else "i32")
+            types[name] = scalars.get(name, "i32")
     return Signature(
         kernel,
         types,

@@ -7,24 +7,21 @@ the one of dpp_careful.py, with float64 products. Formulae and both paths: docs/
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from ._common import on_device
 from ._dpp import (
-    BLOCK_D,
     diagonal,
     fill_orphans,
     gram,
     keep_rows,
+    kept_in,
     load_square,
     log_scale,
     of_column,
     of_row,
-    ridge_of,
     rows_of,
     shares,
     signature,
@@ -33,15 +30,11 @@ from ._dpp import (
     store_square,
     sweep,
 )
-from .dpp_careful import CAREFUL_WARPS, _dpp_careful_kernel
-
-# 1 - R_i^2 = 1 / (A_ii (A^-1)_ii) below which float32 products, off by 1e-7 or so, would be off by more than 2^8
-# times that in the answer; and the squared lengths between which they neither overflow nor lose digits.
-_INDEPENDENT = tl.constexpr(1.0 / 256)
-_SHORTEST, _LONGEST = tl.constexpr(1e-24), tl.constexpr(1e30)
+from .dpp_careful import _dpp_careful_kernel
 
 
-@triton.jit(do_not_specialize=["G", "M", "k", "pitch", "ridge_exponent"])
+# Types beside the arguments save the launch from asking for them, and ridge from coming as float32, which 1e-50 leaves.
+@triton.jit(do_not_specialize=["G", "M", "k"])
 def _dpp_fwd_kernel(
     x_ptr,
     log_quality_ptr,
@@ -49,18 +42,12 @@ def _dpp_fwd_kernel(
     logdet_ptr,
     gains_ptr,
     baselines_ptr,
-    p_ptr,
-    q_ptr,
-    line_ptr,
-    careful_ptr,
-    G,
-    M,
-    k,
+    kept_ptr,
+    G: tl.int64,
+    M: tl.int64,
+    k: tl.int32,
     d,
-    pitch,
-    ridge_high,
-    ridge_low,
-    ridge_exponent,
+    ridge: tl.float64,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     REST: tl.constexpr,
@@ -71,6 +58,7 @@ def _dpp_fwd_kernel(
 ):
     g = tl.program_id(0).to(tl.int64)
     start, size, valid = span(offsets_ptr, g, M, k)
+    p_ptr, _, line_ptr, careful_ptr, pitch = kept_in(kept_ptr, offsets_ptr, M, k)
     if REST and offsets_ptr is not None:
         fill_orphans(gains_ptr, offsets_ptr, g, G, M, start, size, valid, 1, BLOCK_D)
         fill_orphans(baselines_ptr, offsets_ptr, g, G, M, start, size, valid, 1, BLOCK_D)
@@ -87,20 +75,22 @@ def _dpp_fwd_kernel(
         length = tl.sqrt(square)
         log_s = log_scale(log_quality_ptr, at, live, length, NORMALIZE)
         log_d = tl.maximum(log_s, 0.0)
-        in_range = (square >= _SHORTEST) & (square <= _LONGEST)
+        # Squared lengths between which float32 products neither overflow nor lose digits.
+        in_range = (square >= 1e-24) & (square <= 1e30)
         scale = tl.exp(log_s - log_d)
-        ridge = ridge_of(ridge_high, ridge_low, ridge_exponent) * tl.exp(-2 * log_d)
+        ridges = (tl.zeros((), tl.float64) + ridge) * tl.exp(-2 * log_d)
         unit = scale / tl.where(in_range, length, 1.0)
         a = tl.where(both, unit[:, None] * products * unit[None, :], 0.0)
-        own = tl.where(live, scale * scale + ridge, 1.0)
+        own = tl.where(live, scale * scale + ridges, 1.0)
         a = tl.where(same, own[:, None], a)
 
         negative, pivots = sweep(a, size, BLOCK_K)
         inverse = -diagonal(negative, BLOCK_K)
-        # A comparison with NaN is false.
-        fine = in_range & (pivots > 0) & (inverse > 0) & (inverse * own * _INDEPENDENT < 1)
+        # Where 1 - R_i^2 = 1 / (A_ii (A^-1)_ii) is below 1 / 256, float32 products, off by 1e-7 or so, would be off by
+        # more than 2^8 times that in the answer. A comparison with NaN is false.
+        fine = in_range & (pivots > 0) & (inverse > 0) & (inverse * own < 256)
         trusted = tl.sum(tl.where(live & ~fine, 1, 0), 0) == 0
-        tl.store(careful_ptr + g, tl.where(trusted, 0, 1))
+        tl.store(careful_ptr + g, tl.where(trusted, 0.0, 1.0).to(tl.float64))
         if trusted:
             root = 1.0 / tl.sqrt(inverse)
             p = tl.where(same, 1.0, -negative * root[:, None] * root[None, :])
@@ -110,11 +100,11 @@ def _dpp_fwd_kernel(
             baselines = tl.sum(others - log_rest, 1)
             logdet = tl.sum(tl.where(live, tl.log(pivots) + 2 * log_d, 0.0), 0)
             store_results(logdet_ptr, gains_ptr, baselines_ptr, g, at, live, size, logdet, gains, baselines)
-            keep_rows(line_ptr, at, live, scale / root, ridge * inverse, length)
+            keep_rows(line_ptr, at, live, scale / root, ridges * inverse, length)
             store_square(p_ptr, start, size, pitch, p, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=["G", "M", "k", "pitch"])
+@triton.jit(do_not_specialize=["G", "M", "k"])
 def _dpp_bwd_kernel(
     x_ptr,
     offsets_ptr,
@@ -122,15 +112,11 @@ def _dpp_bwd_kernel(
     grad_gains_ptr,
     grad_x_ptr,
     grad_quality_ptr,
-    p_ptr,
-    q_ptr,
-    line_ptr,
-    careful_ptr,
-    G,
-    M,
-    k,
+    kept_ptr,
+    G: tl.int64,
+    M: tl.int64,
+    k: tl.int32,
     d,
-    pitch,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     REST: tl.constexpr,
@@ -140,6 +126,7 @@ def _dpp_bwd_kernel(
 ):
     g = tl.program_id(0).to(tl.int64)
     start, size, valid = span(offsets_ptr, g, M, k)
+    p_ptr, q_ptr, line_ptr, careful_ptr, pitch = kept_in(kept_ptr, offsets_ptr, M, k)
     if REST and offsets_ptr is not None:
         fill_orphans(grad_x_ptr, offsets_ptr, g, G, M, start, size, valid, d, BLOCK_D)
         if grad_quality_ptr is not None:
@@ -150,8 +137,10 @@ def _dpp_bwd_kernel(
         same = i[:, None] == i[None, :]
         at = start + i
         careful = tl.load(careful_ptr + g) != 0
-        grad_logdet = tl.load(grad_logdet_ptr + g).to(tl.float64)
-        grad_gains = tl.load(grad_gains_ptr + at, mask=live, other=0.0).to(tl.float64)
+        # A gradient that is not there is 0.
+        grad_logdet = tl.zeros((), tl.float64)
+        if grad_logdet_ptr is not None:
+            grad_logdet += tl.load(grad_logdet_ptr + g).to(tl.float64)
         factor = tl.load(line_ptr + 3 * at, mask=live, other=0.0)
         ridge_m = tl.load(line_ptr + 3 * at + 1, mask=live, other=0.0)
         length = tl.load(line_ptr + 3 * at + 2, mask=live, other=0.0)
@@ -162,11 +151,14 @@ def _dpp_bwd_kernel(
 
         # W_ij = 2 r_i sum_l (gl delta_il + P_il gg_l) Q_lj, the gradient of unit rows.
         w = grad_logdet * q
-        weighted = p * grad_gains[None, :]
-        for n in range(0, size):
-            w += of_column(weighted, n, BLOCK_K)[:, None] * of_row(q, n, BLOCK_K)[None, :]
+        quality = grad_logdet - ridge_m * grad_logdet
+        if grad_gains_ptr is not None:
+            grad_gains = tl.load(grad_gains_ptr + at, mask=live, other=0.0).to(tl.float64)
+            weighted = p * grad_gains[None, :]
+            for n in range(0, size):
+                w += of_column(weighted, n, BLOCK_K)[:, None] * of_row(q, n, BLOCK_K)[None, :]
+            quality = grad_logdet + grad_gains - ridge_m * (grad_logdet + tl.sum(weighted * p, 1))
         w = 2 * factor[:, None] * w
-        quality = grad_logdet + grad_gains - ridge_m * (grad_logdet + tl.sum(weighted * p, 1))
         # A row of zeros has no direction in which its quality could count.
         quality = tl.where(length == 0, 0.0, quality)
         if grad_quality_ptr is not None:
@@ -197,69 +189,62 @@ def _dpp_bwd_kernel(
                 tl.store(out, sums.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-def split_ridge(ridge: float) -> tuple[float, float, int]:
-    """ridge = (high + low) 2^exponent to 48 bits, each a float32."""
-    mantissa, exponent = math.frexp(ridge)
-    high = float(torch.tensor(mantissa, dtype=torch.float32))
-    return high, mantissa - high, exponent
-
-
 def dpp_fwd(
     x: torch.Tensor,
     log_quality: torch.Tensor | None,
     offsets: torch.Tensor | None,
+    groups: int,
     k: int,
     ridge: float,
     normalize: bool,
-    kept: tuple[torch.Tensor, ...],
-    out: tuple[torch.Tensor, ...],
+    kept: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    """Fill out = (logdet, gains, baselines) and kept = (P, Q, rows, careful) of qempo_fast/_dpp_gpu.py.
+    """Fill out = (logdet, gains, baselines) and kept.
 
     Args:
-        x: (M, d) contiguous, float32, bfloat16 or float16.
-        log_quality: (M,) float64, or None for 0.
+        x: (G, k, d), or (M, d) with offsets; contiguous, float32, bfloat16 or float16.
+        log_quality: as many as rows, any float dtype, contiguous; None for 0.
         offsets: (G + 1,) int64, or None for groups of k rows.
-        k: size of equal groups; unused with offsets.
+        groups: G, at least 1.
+        k: size of equal groups; 0 with offsets.
         ridge: above 0.
         normalize: whether rows are scaled to length 1.
-        kept: P and Q (M, pitch) float64, rows (M, 3) float64, careful (G,) int32.
+        kept: float64, laid out by kept_parts of qempo_fast/_dpp_gpu.py.
         out: (G,), (M,), (M,) float32.
     """
-    groups, pitch = out[0].numel(), kept[0].shape[1]
-    for share in shares(k, x.shape[0], offsets is not None) if groups else ():
-        common = (k, x.shape[1], pitch, *split_ridge(ridge))
-        constants = {"NORMALIZE": normalize, "BLOCK_D": BLOCK_D, **share}
-        with on_device(x):
-            tensors = (x, log_quality, offsets, *out, *kept)
-            # Triton's interpreter multiplies the bits of bfloat16 in tl.dot.
-            widen = x.dtype == torch.bfloat16 and not x.is_cuda
-            _dpp_fwd_kernel[(groups,)](*tensors, groups, x.shape[0], *common, WIDEN=widen, **constants)
-            del constants["REST"]
-            constants["num_warps"] = CAREFUL_WARPS
-            _dpp_careful_kernel[(groups,)](*tensors, x.shape[0], *common, **constants)
+    rows = groups * k or x.shape[0]
+    tensors = (x, log_quality, offsets, *out, kept)
+    sizes = (rows, k, x.shape[-1], ridge)
+    # Triton's interpreter multiplies the bits of bfloat16 in tl.dot.
+    widen = x.dtype == torch.bfloat16 and not x.is_cuda
+    with on_device(x):
+        for share in shares(k, rows <= 16):
+            _dpp_fwd_kernel[(groups,)](*tensors, groups, *sizes, NORMALIZE=normalize, WIDEN=widen, **share.direct)
+            _dpp_careful_kernel[(groups,)](*tensors, *sizes, NORMALIZE=normalize, **share.careful)
 
 
 def dpp_bwd(
     x: torch.Tensor,
     offsets: torch.Tensor | None,
+    groups: int,
     k: int,
     normalize: bool,
-    kept: tuple[torch.Tensor, ...],
+    kept: torch.Tensor,
     grads: tuple[torch.Tensor | None, ...],
 ) -> None:
     """Fill the gradients of x and log_quality.
 
     Args:
-        x, offsets, k, normalize, kept: as in dpp_fwd, which filled kept.
-        grads: incoming of logdet (G,) and gains (M,), float32; of x, to fill, (M, d) in its dtype; of
-            log_quality, to fill, (M,) float32 or None.
+        x, offsets, groups, k, normalize, kept: as in dpp_fwd, which filled kept.
+        grads: incoming of logdet (G,) and gains (M,), float32, or None for 0; of x, to fill, like x; of log_quality, to
+            fill, (M,) float32 or None.
     """
-    groups, pitch = kept[3].numel(), kept[0].shape[1]
-    for share in shares(k, x.shape[0], offsets is not None) if groups else ():
-        with on_device(x):
-            sizes = (groups, x.shape[0], k, x.shape[1], pitch)
-            _dpp_bwd_kernel[(groups,)](x, offsets, *grads, *kept, *sizes, NORMALIZE=normalize, BLOCK_D=BLOCK_D, **share)
+    rows = groups * k or x.shape[0]
+    with on_device(x):
+        for share in shares(k, rows <= 16):
+            sizes = (groups, rows, k, x.shape[-1])
+            _dpp_bwd_kernel[(groups,)](x, offsets, *grads, kept, *sizes, NORMALIZE=normalize, **share.direct)
 
 
 # 56 scalar registers of k = 32 spill on gfx942, into vector registers.
@@ -267,4 +252,6 @@ COMPILE = [
     signature(kernel, x, k, ragged, hot=k <= 16)
     for kernel in (_dpp_fwd_kernel, _dpp_bwd_kernel)
     for x, k, ragged in (("*fp32", 16, False), ("*bf16", 16, False), ("*bf16", 32, False), ("*fp16", 64, True))
+] + [
+    signature(_dpp_bwd_kernel, "*fp32", 16, False, (lone,), hot=True) for lone in ("grad_logdet_ptr", "grad_gains_ptr")
 ]

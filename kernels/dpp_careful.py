@@ -12,21 +12,21 @@ import triton
 import triton.language as tl
 
 from ._dpp import (
+    CAREFUL_WARPS,
+    dependence_floor,
     diagonal,
     gram_careful,
     keep_rows,
+    kept_in,
     log_scale,
     of_column,
     of_row,
     outer_sum,
-    ridge_of,
     signature,
     span,
     store_results,
     store_square,
 )
-
-EPS = tl.constexpr(2.220446049250313e-16)
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _log_rest(u, p, size, BLOCK: tl.constexpr):
     return 2 * tl.log(top) + tl.log(sums / 2) + tl.log(1 + tl.abs(p))
 
 
-@triton.jit(do_not_specialize=["M", "k", "pitch", "ridge_exponent"])
+@triton.jit(do_not_specialize=["M", "k"])
 def _dpp_careful_kernel(
     x_ptr,
     log_quality_ptr,
@@ -103,17 +103,11 @@ def _dpp_careful_kernel(
     logdet_ptr,
     gains_ptr,
     baselines_ptr,
-    p_ptr,
-    q_ptr,
-    line_ptr,
-    careful_ptr,
-    M,
-    k,
+    kept_ptr,
+    M: tl.int64,
+    k: tl.int32,
     d,
-    pitch,
-    ridge_high,
-    ridge_low,
-    ridge_exponent,
+    ridge: tl.float64,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -122,20 +116,21 @@ def _dpp_careful_kernel(
 ):
     g = tl.program_id(0).to(tl.int64)
     start, size, valid = span(offsets_ptr, g, M, k)
+    p_ptr, q_ptr, line_ptr, careful_ptr, pitch = kept_in(kept_ptr, offsets_ptr, M, k)
     served = valid & (size >= LOW) & (size <= HIGH)
     if tl.load(careful_ptr + g, mask=served, other=0) != 0:
         i = tl.arange(0, BLOCK_K)
         live = i < size
         same = i[:, None] == i[None, :]
         at = start + i
-        ridge = ridge_of(ridge_high, ridge_low, ridge_exponent)
+        log_ridge = tl.log(tl.zeros((), tl.float64) + ridge)
         gram = gram_careful(x_ptr, start, size, d, BLOCK_K, BLOCK_D)
         length = tl.sqrt(diagonal(gram, BLOCK_K))
         log_s = log_scale(log_quality_ptr, at, live, length, NORMALIZE)
-        floor = 8 * EPS * size.to(tl.float64)
+        floor = dependence_floor(size)
         y, log_delta = _eliminate(cosines(gram, length, BLOCK_K), log_s, floor, size, BLOCK_K)
 
-        scale = tl.exp(tl.minimum((tl.log(ridge) - log_delta) / 2, 0.0))
+        scale = tl.exp(tl.minimum((log_ridge - log_delta) / 2, 0.0))
         # A weight that is only rounding must not meet s_i / s_j = e^500.
         y = tl.where(tl.abs(y) <= floor, 0.0, y * tl.exp(log_s[:, None] - log_s[None, :]))
         e = scale[:, None] * tl.where(same, 1.0, y)
@@ -144,16 +139,16 @@ def _dpp_careful_kernel(
         transposed = tl.trans(e)
         h = outer_sum(transposed, transposed, size, BLOCK_K)
         # 1 on the padding.
-        light = tl.where(live, tl.exp(tl.minimum(log_delta - tl.log(ridge), 0.0)), 1.0)
+        light = tl.where(live, tl.exp(tl.minimum(log_delta - log_ridge, 0.0)), 1.0)
         h += tl.where(same, light[:, None], 0.0)
         root, e, z = _solve(h, e, z, size, BLOCK_K)
-        logdet = tl.where(live, 2 * tl.log(root) + tl.maximum(log_delta, tl.log(ridge)), 0.0)
+        logdet = tl.where(live, 2 * tl.log(root) + tl.maximum(log_delta, log_ridge), 0.0)
 
         top = tl.max(tl.abs(e), 0)
         u = e / top[None, :]
         norm = tl.sqrt(tl.sum(u * u, 0))
         u = u / norm[None, :]
-        gains = tl.log(ridge) - 2 * (tl.log(top) + tl.log(norm))
+        gains = log_ridge - 2 * (tl.log(top) + tl.log(norm))
         # NaN and infinity reach every result of the group.
         finite = (length * 0 == 0) & (log_s < float("inf"))
         broken = tl.sum(tl.where(live & ~finite, 1, 0), 0) > 0
@@ -164,14 +159,11 @@ def _dpp_careful_kernel(
         logdet = tl.where(broken, float("nan"), tl.sum(logdet, 0))
         store_results(logdet_ptr, gains_ptr, baselines_ptr, g, at, live, size, logdet, gains, baselines)
         factor = tl.exp(log_s - gains / 2)
-        keep_rows(line_ptr, at, live, factor, tl.exp(tl.log(ridge) - gains), length)
+        keep_rows(line_ptr, at, live, factor, tl.exp(log_ridge - gains), length)
         store_square(p_ptr, start, size, pitch, tl.where(same, 1.0, p), BLOCK_K)
-        q = outer_sum(u, z, size, BLOCK_K) / tl.sqrt(ridge)
+        q = outer_sum(u, z, size, BLOCK_K) / tl.sqrt(tl.zeros((), tl.float64) + ridge)
         store_square(q_ptr, start, size, pitch, q, BLOCK_K)
 
-
-# More than the k x k matrices need: three of them at once fill the registers of fewer.
-CAREFUL_WARPS = 8
 
 # The rare path: spills there are not felt.
 COMPILE = [

@@ -10,27 +10,21 @@ import triton
 import triton.language as tl
 
 from ._common import on_device
-from ._dpp import BLOCK_D, diagonal, gram_careful, log_scale, of_column, ridge_of, shares, signature, span
-from .dpp import split_ridge
-from .dpp_careful import EPS, cosines
-
-# Gains closer than this are a tie, which the lowest index wins.
-_TIE = tl.constexpr(1e-10)
+from ._dpp import dependence_floor, diagonal, gram_careful, log_scale, of_column, shares, signature, span
+from .dpp_careful import cosines
 
 
-@triton.jit(do_not_specialize=["M", "k", "n", "ridge_exponent"])
+@triton.jit(do_not_specialize=["M", "k", "n"])
 def _dpp_select_kernel(
     x_ptr,
     log_quality_ptr,
     offsets_ptr,
     picks_ptr,
-    M,
-    k,
+    M: tl.int64,
+    k: tl.int32,
     d,
-    n,
-    ridge_high,
-    ridge_low,
-    ridge_exponent,
+    n: tl.int32,
+    ridge: tl.float64,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     REST: tl.constexpr,
@@ -53,15 +47,16 @@ def _dpp_select_kernel(
         finite = (length * 0 == 0) & (log_s < float("inf"))
         broken = tl.sum(tl.where(live & ~finite, 1, 0), 0) > 0
         a = cosines(gram, length, BLOCK_K)
-        log_ridge = tl.log(ridge_of(ridge_high, ridge_low, ridge_exponent))
-        floor = 8 * EPS * size.to(tl.float64)
+        log_ridge = tl.log(tl.zeros((), tl.float64) + ridge)
+        floor = dependence_floor(size)
         left = live
         for step in range(0, n):
             v = diagonal(a, BLOCK_K)
             signal = tl.where(v > floor, 2 * log_s + tl.log(tl.where(v > floor, v, 1.0)), float("-inf"))
             gain = tl.maximum(signal, log_ridge) + tl.log(1 + tl.exp(-tl.abs(signal - log_ridge)))
             gain = tl.where(left, gain, float("-inf"))
-            p = tl.min(tl.where(gain >= tl.max(gain, 0) - _TIE, i, BLOCK_K), 0)
+            # Gains within 1e-10 are a tie, which the lowest index wins.
+            p = tl.min(tl.where(gain >= tl.max(gain, 0) - 1e-10, i, BLOCK_K), 0)
             tl.store(picks_ptr + g * n + step, tl.where(broken, -1, p).to(tl.int64))
             left = left & (i != p)
             # s / sqrt(ridge + s^2 v), not by way of the gain: rounding of one near 500 would leave a repetition 1e-13.
@@ -74,6 +69,7 @@ def dpp_select(
     x: torch.Tensor,
     log_quality: torch.Tensor | None,
     offsets: torch.Tensor | None,
+    groups: int,
     k: int,
     ridge: float,
     picks: torch.Tensor,
@@ -81,20 +77,14 @@ def dpp_select(
     """Fill picks (G, n) int64, positions within each group; -1 for a group that is not finite or has wrong offsets.
 
     Args:
-        x: (M, d) contiguous, float32, bfloat16 or float16.
-        log_quality: (M,) float64, or None for 0.
-        offsets: (G + 1,) int64, or None for groups of k rows.
-        k: size of equal groups; unused with offsets.
-        ridge: above 0.
+        x, log_quality, offsets, groups, k, ridge: as in dpp_fwd of kernels/dpp.py.
         picks: to fill.
     """
-    groups, n = picks.shape
-    for share in shares(k, x.shape[0], offsets is not None) if groups else ():
-        sizes = (x.shape[0], k, x.shape[1], n)
-        with on_device(x):
-            _dpp_select_kernel[(groups,)](
-                x, log_quality, offsets, picks, *sizes, *split_ridge(ridge), BLOCK_D=BLOCK_D, **share
-            )
+    rows = groups * k or x.shape[0]
+    sizes = (rows, k, x.shape[-1], picks.shape[1], ridge)
+    with on_device(x):
+        for share in shares(k, rows <= 16):
+            _dpp_select_kernel[(groups,)](x, log_quality, offsets, picks, *sizes, **share.direct)
 
 
 # Not on a training step's path: spills are not felt.

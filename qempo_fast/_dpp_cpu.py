@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import _C
@@ -76,19 +78,24 @@ def dpp_fwd(
 
 
 def dpp_bwd(
-    grad_logdet: torch.Tensor,
-    grad_gains: torch.Tensor,
+    grad_logdet: torch.Tensor | None,
+    grad_gains: torch.Tensor | None,
     x: torch.Tensor,
     log_quality: torch.Tensor | None,
     offsets: torch.Tensor | None,
-    saved: tuple[torch.Tensor, ...],
+    saved: Sequence[torch.Tensor],
     ridge: float,
     normalize: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients with respect to x and log_quality from what dpp_fwd kept."""
+    """Gradients with respect to x and log_quality from what dpp_fwd kept; an incoming gradient of None is zero."""
     groups, k, starts, matrices, _ = _layout(x, offsets)
     rows, quality = _rows(x), _quality(log_quality)
-    incoming = [grad_logdet.double().contiguous(), grad_gains.double().contiguous(), *saved]
+    sizes = ((groups,), x.shape[:-1])
+    incoming = [
+        torch.zeros(size, dtype=torch.float64) if g is None else g.double().contiguous()
+        for g, size in zip((grad_logdet, grad_gains), sizes, strict=True)
+    ]
+    incoming += saved
     grad = torch.empty_like(rows)
     grad_quality = torch.empty(x.shape[:-1], dtype=torch.float64)
     _C.dpp_bwd(

@@ -5,6 +5,7 @@ Eager calls go to the autograd function of reference/dpp.py instead, which costs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ def check_values(embeddings: torch.Tensor, log_quality: torch.Tensor | None, off
     """Raise where values are not finite or offsets do not make groups; no reading on a GPU without QEMPO_CHECK=1."""
     if offsets is not None:
         _check.groups(embeddings.shape[0], None, offsets, device=embeddings.device)
+    # Asked once: on a GPU it reads the environment, a microsecond each time.
+    if not _check.readable(embeddings):
+        return
     _check.finite("embeddings", embeddings)
     if log_quality is not None:
         _check.finite("log_quality", log_quality)
@@ -45,8 +49,8 @@ def _(x: Any, log_quality: Any, offsets: Any, ridge: float, normalize: bool, bac
 
 @torch.library.custom_op("qempo_fast::dpp_bwd", mutates_args=())
 def dpp_bwd(
-    grad_logdet: torch.Tensor,
-    grad_gains: torch.Tensor,
+    grad_logdet: torch.Tensor | None,
+    grad_gains: torch.Tensor | None,
     x: torch.Tensor,
     log_quality: torch.Tensor | None,
     offsets: torch.Tensor | None,
@@ -73,9 +77,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, log_quality, offsets, *ctx.settings = inputs
     ctx.save_for_backward(x, log_quality, offsets)
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_logdet: torch.Tensor, grad_gains: torch.Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_logdet: Any, grad_gains: Any, _: Any) -> tuple[Any, ...]:
+    if grad_logdet is None and grad_gains is None:
+        return (None,) * 6
     grads = dpp_bwd(grad_logdet, grad_gains, *ctx.saved_tensors, *ctx.settings)
     wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True))
     return (*wanted, None, None, None, None)
@@ -85,17 +92,16 @@ dpp_fwd.register_autograd(_backward, setup_context=_setup)
 
 
 def select(
+    run: Callable[..., torch.Tensor],
     x: torch.Tensor,
     n: int,
     log_quality: torch.Tensor | None,
     offsets: torch.Tensor | None,
     ridge: float,
-    backend: str,
 ) -> torch.Tensor:
     """Greedy selection, after a check that n samples are in each ragged group."""
     if offsets is not None and offsets.numel() > 1 and _check.readable(offsets):
         _check.integer("n", n, low=1, high=int(offsets.diff().min()))
-    run = _backends.kernel("dpp_select", x.device, backend)
     return run(x, n, log_quality=log_quality, offsets=offsets, ridge=ridge)
 
 
@@ -109,7 +115,7 @@ def dpp_select(
     backend: str,
 ) -> torch.Tensor:
     check_values(x, log_quality, offsets)
-    return select(x, n, log_quality, offsets, ridge, backend)
+    return select(_backends.kernel("dpp_select", x.device, backend), x, n, log_quality, offsets, ridge)
 
 
 @dpp_select.register_fake

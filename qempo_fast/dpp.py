@@ -5,6 +5,7 @@ Derivations, conventions and accuracy: docs/dpp.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ _backends.register("dpp", "cpu", _dpp_cpu.dpp_fwd)
 _backends.register("dpp", "reference", _reference.dpp_fwd)
 _backends.register("dpp_select", "cpu", _dpp_cpu.dpp_select)
 _backends.register("dpp_select", "reference", _reference.dpp_select)
+
+
+def _kernel(op: str, device: torch.device, backend: str | None) -> Callable[..., Any]:
+    return _backends.default(op, device)[1] if backend is None else _backends.kernel(op, device, backend)
 
 
 def _check_groups(embeddings: Any, log_quality: Any, offsets: Any, ridge: Any) -> None:
@@ -86,7 +91,7 @@ def dpp_gains(
     inputs = (embeddings, log_quality, offsets, float(ridge), normalize)
     if torch.compiler.is_compiling():
         return DppGains(*_dpp_op.dpp_fwd(*inputs, _backends.choose("dpp", embeddings.device, backend)))
-    return DppGains(*_reference.DppFunction.apply(_backends.kernel("dpp", embeddings.device, backend), *inputs))
+    return DppGains(*_reference.DppFunction.apply(_kernel("dpp", embeddings.device, backend), *inputs))
 
 
 def dpp_logdet(
@@ -159,7 +164,8 @@ def dpp_select(
     """
     _check_groups(embeddings, log_quality, offsets, ridge)
     _check.integer("n", n, low=1, high=embeddings.shape[1] if offsets is None else None)
-    name = _backends.choose("dpp_select", embeddings.device, backend)
     if torch.compiler.is_compiling():
+        name = _backends.choose("dpp_select", embeddings.device, backend)
         return _dpp_op.dpp_select(embeddings, n, log_quality, offsets, float(ridge), name)
-    return _dpp_op.select(embeddings, n, log_quality, offsets, float(ridge), name)
+    run = _kernel("dpp_select", embeddings.device, backend)
+    return _dpp_op.select(run, embeddings, n, log_quality, offsets, float(ridge))

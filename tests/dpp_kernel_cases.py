@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from dpp_cases import LABELS, draw, plain
 from tolerances import assert_as_good
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from qempo_fast._dpp_gpu import kept_parts
 from qempo_fast.reference.dpp import DppFunction, dpp_fwd
 
 Fwd = Callable[..., Any]
@@ -288,6 +290,9 @@ def check_inputs(fwd: Fwd, device: torch.device) -> None:
     assert quality.grad is None
     solid = gradients(fwd, x.contiguous(), q.contiguous(), torch.ones(2), torch.ones(2, 6))
     assert torch.equal(leaf.grad.cpu(), solid["d_embeddings"])
+    sparse = gradients(fwd, x, q, torch.ones(2), torch.ones(2, 6))
+    for label, value in sparse.items():
+        assert torch.equal(value, solid[label]), label
     assert solid["d_log_quality"].dtype == torch.float16
     assert torch.equal(x, before[0])
     assert torch.equal(q, before[1])
@@ -326,6 +331,116 @@ def check_two_runs_agree(fwd: Fwd, device: torch.device) -> None:
         assert torch.equal(value, second[label]), label
 
 
+class TorchOps(TorchDispatchMode):
+    """Names of the operators that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# Rows a group, width, scale of the log_quality, offsets: a warp's and a block's kernel, direct and careful, ragged.
+_LONE = [(6, 20, 1.0, None), (6, 3, 30.0, None), (20, 9, 1.0, None), (20, 6, 30.0, None), (12, 9, 1.0, (0, 3, 24))]
+
+
+def check_a_lone_gradient(fwd: Fwd, device: torch.device) -> None:
+    """Of an output that no loss used no gradient comes, which is the same as zeros, without a fill for them."""
+    for k, d, scale, bounds in _LONE:
+        shape = (2, k) if bounds is None else (2 * k,)
+        offsets = None if bounds is None else torch.tensor(bounds, device=device)
+        x = draw(*shape, d, dtype=torch.float32).to(device).requires_grad_()
+        q = (scale * draw(*shape, seed=1).abs()).float().to(device).requires_grad_()
+        weights = [draw(2, seed=2).float().to(device), draw(*shape, seed=3).float().to(device)]
+        for which in (0, 1):
+            outputs = DppFunction.apply(fwd, x, q, offsets, 0.9, True)
+            incoming = [w if n == which else torch.zeros_like(w) for n, w in enumerate(weights)]
+            expected = torch.autograd.grad(outputs[:2], (x, q), incoming, retain_graph=True)
+            with TorchOps() as ops:
+                lone = torch.autograd.grad(outputs[which], (x, q), weights[which])
+            assert [name for name in ops.names if any(part in name for part in ("zero", "full", "fill"))] == []
+            for a, b in zip(lone, expected, strict=True):
+                assert torch.equal(a, b), (k, d, which)
+
+
+class _Silent(torch.autograd.Function):
+    """Uses its inputs and passes nothing back."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        return sum(x.sum() for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> tuple[None, None]:
+        return None, None
+
+
+def check_no_gradient(fwd: Fwd, device: torch.device) -> None:
+    """Where neither output has a gradient, the inputs have none, and nothing is launched."""
+    x = draw(2, 3, 4, dtype=torch.float32).to(device).requires_grad_()
+
+    def unused(*arguments: Any) -> Any:
+        raise AssertionError("a backward pass without a gradient")
+
+    def watched(*arguments: Any) -> Any:
+        return fwd(*arguments)._replace(bwd=unused)
+
+    _Silent.apply(*DppFunction.apply(watched, x, None, None, 1.0, True)[:2]).backward()
+    assert x.grad is None
+
+
+def check_quality_dtypes(fwd: Fwd, device: torch.device) -> None:
+    """log_quality is read as it is; these values are in all dtypes."""
+    x, q = draw(2, 5, 8, dtype=torch.float32).to(device), torch.arange(-5.0, 5.0).reshape(2, 5).to(device) / 4
+    results = [
+        gradients(fwd, x, q.to(dtype), torch.ones(2), torch.ones(2, 5))
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    ]
+    for other in results[1:]:
+        for label in LABELS[:4]:
+            assert torch.equal(other[label], results[0][label]), label
+        assert torch.equal(other["d_log_quality"], results[0]["d_log_quality"].to(other["d_log_quality"].dtype))
+
+
+def check_what_is_kept(fwd: Fwd, device: torch.device) -> None:
+    """One slab, apart from the results, each part on 16 bytes; ridge M_ii in it, which no float32 ridge gives."""
+    for groups, k in ((3, 3), (1, 1), (2, 5)):
+        for ridge in (1.0, 0.3, 1e-60, 7e200):
+            x = torch.eye(k, k + 1, device=device).expand(groups, k, k + 1)
+            result = fwd(x, None, None, ridge, True)
+            (slab,) = result.saved
+            starts = kept_parts(groups, groups * k, k)
+            assert slab.dtype == torch.float64
+            assert slab.numel() == starts[-1]
+            assert slab.data_ptr() % 16 == 0
+            assert all(start % 2 == 0 for start in starts[:-1])
+            rows = slab[starts[1] : starts[1] + 3 * groups * k].view(-1, 3).cpu()
+            careful = slab[starts[2] :].cpu()
+            # Products of unit vectors are exact: M_ii = 1 / (1 + ridge).
+            expected = torch.full((groups * k,), ridge / (1 + ridge), dtype=torch.float64)
+            torch.testing.assert_close(rows[:, 1], expected, rtol=1e-15, atol=0)
+            assert rows[:, 2].tolist() == [1.0] * (groups * k)
+            assert careful.tolist() == [0.0] * groups
+            for out in result[:3]:
+                assert out.untyped_storage().nbytes() == 4 * out.numel()
+
+
+def check_results_can_be_changed(fwd: Fwd, device: torch.device) -> None:
+    """In place, before the backward pass, which does not read them."""
+    x = draw(2, 4, 6, dtype=torch.float32).to(device)
+    usual = gradients(fwd, x, None, torch.ones(2), torch.ones(2, 4))
+    leaf = x.clone().requires_grad_()
+    logdet, gains, baselines = DppFunction.apply(fwd, leaf, None, None, 1.0, True)
+    gains -= baselines
+    logdet += 1
+    baselines.zero_()
+    (gains.sum() + logdet.sum()).backward()
+    assert torch.equal(leaf.grad.cpu(), usual["d_embeddings"])
+
+
 CHECKS = [
     check_ragged,
     check_ragged_small,
@@ -337,4 +452,9 @@ CHECKS = [
     check_inputs,
     check_left_to_plain_torch,
     check_two_runs_agree,
+    check_a_lone_gradient,
+    check_no_gradient,
+    check_quality_dtypes,
+    check_what_is_kept,
+    check_results_can_be_changed,
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -127,6 +128,37 @@ def test_gradcheck(k: int, d: int, quality: float, ridge: float, normalize: bool
 def test_gradcheck_ragged() -> None:
     x, q, offsets = draw(9, 4).requires_grad_(), draw(9, seed=1).requires_grad_(), torch.tensor([0, 3, 4, 9])
     assert torch.autograd.gradcheck(lambda x, q: dpp_gains(x, log_quality=q, offsets=offsets)[:2], (x, q))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["logdet", "gains"])
+@pytest.mark.parametrize("quality", [1.0, 15.0])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_gradcheck_of_a_lone_output(which: int, quality: float, ragged: bool) -> None:
+    """The other output's gradient is None; so is this one's for a moment, which gradcheck asks for too."""
+    shape, offsets = ((6,), torch.tensor([0, 2, 6])) if ragged else ((2, 3), None)
+    x, q = draw(*shape, 5).requires_grad_(), (quality * (1 + 0.1 * draw(*shape, seed=1))).requires_grad_()
+    check = functools.partial(torch.autograd.gradcheck, atol=1e-6, check_undefined_grad=True)
+    assert check(lambda x, q: dpp_gains(x, log_quality=q, offsets=offsets)[which], (x, q))
+
+
+def test_a_lone_gradient_of_the_operator() -> None:
+    """What torch.compile takes: the same as with zeros for the output that no loss used."""
+    op, name = torch.ops.qempo_fast.dpp_fwd, _backends.choose("dpp", torch.device("cpu"))
+    x, q = draw(2, 5, 7).requires_grad_(), draw(2, 5, seed=1).requires_grad_()
+    weights = [draw(2, seed=2), draw(2, 5, seed=3)]
+    for which in (0, 1):
+        outputs = op(x, q, None, 0.7, True, name)
+        incoming = [w if n == which else torch.zeros_like(w) for n, w in enumerate(weights)]
+        expected = torch.autograd.grad(outputs[:2], (x, q), incoming, retain_graph=True)
+        for a, b in zip(torch.autograd.grad(outputs[which], (x, q), weights[which]), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = draw(2, 4, 6).requires_grad_()
+    (grad,) = torch.autograd.grad(dpp_gains(x).gains.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_gradients_equal_autograd_through_linalg() -> None:

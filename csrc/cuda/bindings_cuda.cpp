@@ -17,36 +17,44 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// x, log_quality, offsets, groups, rows, width, k, ridge, normalize
-using In = std::tuple<Address, Address, Address, int64_t, int64_t, int64_t, int, double, bool>;
-// p, q, rows, careful, pitch
-using Kept = std::tuple<Address, Address, Address, Address, int>;
+// x, log_quality, its dtype, offsets, groups, rows, width, k, ridge, normalize
+using In = std::tuple<Address, Address, int, Address, int64_t, int64_t, int64_t, int, double, bool>;
 
 DppGroups groups_of(const In& in) {
-  const auto& [x, log_quality, offsets, groups, rows, width, k, ridge, normalize] = in;
-  return {at<const void>(x), at<const double>(log_quality), at<const int64_t>(offsets), groups, rows, width, k, ridge,
+  const auto& [x, log_quality, quality, offsets, groups, rows, width, k, ridge, normalize] = in;
+  return {at<const void>(x),
+          at<const void>(log_quality),
+          static_cast<DppDtype>(quality),
+          at<const int64_t>(offsets),
+          groups,
+          rows,
+          width,
+          k,
+          ridge,
           normalize};
-}
-
-DppKept kept_of(const Kept& kept) {
-  const auto& [p, q, rows, careful, pitch] = kept;
-  return {at<double>(p), at<double>(q), at<double>(rows), at<int>(careful), pitch};
 }
 
 std::string said(int error) { return error == 0 ? "" : error_text(error); }
 
-std::string forward(int dtype, const In& in, const Kept& kept, const std::tuple<Address, Address, Address>& out,
+std::string forward(int dtype, const In& in, Address kept, const std::tuple<Address, Address, Address>& out,
                     Address stream) {
   const auto& [logdet, gains, baselines] = out;
-  const DppForward call{groups_of(in), kept_of(kept), at<float>(logdet), at<float>(gains), at<float>(baselines)};
+  const DppGroups groups = groups_of(in);
+  const DppForward call{groups, kept_in(at<double>(kept), groups), at<float>(logdet), at<float>(gains),
+                        at<float>(baselines)};
   return said(dpp_fwd(static_cast<DppDtype>(dtype), call, at<void>(stream)));
 }
 
-std::string backward(int dtype, const In& in, const Kept& kept,
-                     const std::tuple<Address, Address, Address, Address>& grads, Address stream) {
+std::string backward(int dtype, const In& in, Address kept, const std::tuple<Address, Address, Address, Address>& grads,
+                     Address stream) {
   const auto& [logdet, gains, x, log_quality] = grads;
-  const DppBackward call{groups_of(in),          kept_of(kept), at<const float>(logdet),
-                         at<const float>(gains), at<void>(x),   at<float>(log_quality)};
+  const DppGroups groups = groups_of(in);
+  const DppBackward call{groups,
+                         kept_in(at<double>(kept), groups),
+                         at<const float>(logdet),
+                         at<const float>(gains),
+                         at<void>(x),
+                         at<float>(log_quality)};
   return said(dpp_bwd(static_cast<DppDtype>(dtype), call, at<void>(stream)));
 }
 

@@ -66,7 +66,9 @@ __device__ void weights(const DppBackward& call, int64_t g, const Span& span, bo
                         const Room<K> room) {
   const int k = static_cast<int>(span.k), pitch = call.kept.pitch;
   double *factor = room.vector(0), *length = room.vector(1), *gain_grad = room.vector(2), *radial = room.vector(3);
-  const double logdet_grad = call.grad_logdet[g];
+  const double logdet_grad = call.grad_logdet ? call.grad_logdet[g] : 0.f;
+  // Without a gradient of the gains every sum over l below is 0.
+  const int terms = call.grad_gains ? k : 0;
   for (int n = team.rank; n < k * k; n += team.kThreads) {
     const int64_t from = (span.start + n / k) * pitch + n % k;
     room.a[n / k * kLd<K> + n % k] = call.kept.p[from];
@@ -76,12 +78,13 @@ __device__ void weights(const DppBackward& call, int64_t g, const Span& span, bo
     const double* row = call.kept.rows + 3 * (span.start + team.rank);
     factor[team.rank] = row[0];
     length[team.rank] = row[2];
-    gain_grad[team.rank] = call.grad_gains[span.start + team.rank];
+    gain_grad[team.rank] = call.grad_gains ? call.grad_gains[span.start + team.rank] : 0.f;
   }
   team.sync();
   if (team.rank < k) {
     double sum = logdet_grad;
-    for (int l = 0; l < k; ++l) sum += gain_grad[l] * room.a[team.rank * kLd<K> + l] * room.a[team.rank * kLd<K> + l];
+    for (int l = 0; l < terms; ++l)
+      sum += gain_grad[l] * room.a[team.rank * kLd<K> + l] * room.a[team.rank * kLd<K> + l];
     const double ridge_m = call.kept.rows[3 * (span.start + team.rank) + 1];
     // A row of zeros has no direction in which its quality could count.
     const double quality = length[team.rank] == 0 ? 0.0 : logdet_grad + gain_grad[team.rank] - ridge_m * sum;
@@ -97,7 +100,7 @@ __device__ void weights(const DppBackward& call, int64_t g, const Span& span, bo
       const int i = w.i0 + a, j = w.j0 + b;
       if (i >= k || j >= k) continue;
       double sum = logdet_grad * second[i * kLd<K> + j];
-      for (int l = 0; l < k; ++l) sum += room.a[i * kLd<K> + l] * gain_grad[l] * second[l * kLd<K> + j];
+      for (int l = 0; l < terms; ++l) sum += room.a[i * kLd<K> + l] * gain_grad[l] * second[l * kLd<K> + j];
       w.at[a][b] = 2 * factor[i] * sum * (careful ? 1.0 : factor[j]);
     }
   team.sync();
@@ -291,6 +294,7 @@ int run(DppDtype dtype, const Call& call, void* stream) {
     case DppDtype::f32: return dispatch<float>(call, on);
     case DppDtype::bf16: return dispatch<__nv_bfloat16>(call, on);
     case DppDtype::f16: return dispatch<__half>(call, on);
+    case DppDtype::f64: break;
   }
   return cudaErrorInvalidValue;
 }

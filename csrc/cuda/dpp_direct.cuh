@@ -16,9 +16,20 @@ constexpr double kIndependent = 1.0 / 256;
 // Squared lengths whose float32 products neither overflow nor lose digits as subnormal numbers.
 constexpr double kShortest = 1e-24, kLongest = 1e30;
 
+__device__ inline double log_quality_of(const DppGroups& in, int64_t row) {
+  if (!in.log_quality) return 0.0;
+  switch (in.quality) {
+    case DppDtype::f32: return static_cast<const float*>(in.log_quality)[row];
+    case DppDtype::bf16: return widen(static_cast<const __nv_bfloat16*>(in.log_quality)[row]);
+    case DppDtype::f16: return widen(static_cast<const __half*>(in.log_quality)[row]);
+    case DppDtype::f64: break;
+  }
+  return static_cast<const double*>(in.log_quality)[row];
+}
+
 template <int K>
 __device__ void set_scale(const DppGroups& in, int64_t row, int i, double length, const Room<K> room) {
-  double log_s = in.log_quality ? in.log_quality[row] / 2 : 0.0;
+  double log_s = log_quality_of(in, row) / 2;
   if (!in.normalize) log_s += log(length);
   // A row of zeros is the zero vector whatever its quality.
   room.vector(kLogScale)[i] = length == 0 ? -INFINITY : log_s;

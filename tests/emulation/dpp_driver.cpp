@@ -8,14 +8,14 @@ extern "C" {
 
 void reseed(uint64_t seed) { emulation::reseed(seed); }
 
-const char* emulated_fwd(int dtype, const DppGroups* in, const DppKept* kept, float* const* out) {
-  const int error = dpp_fwd(static_cast<DppDtype>(dtype), {*in, *kept, out[0], out[1], out[2]}, nullptr);
+const char* emulated_fwd(int dtype, const DppGroups* in, double* kept, float* const* out) {
+  const int error = dpp_fwd(static_cast<DppDtype>(dtype), {*in, kept_in(kept, *in), out[0], out[1], out[2]}, nullptr);
   return error == 0 ? "" : error_text(error);
 }
 
-const char* emulated_bwd(int dtype, const DppGroups* in, const DppKept* kept, float* const* grads) {
-  const int error =
-      dpp_bwd(static_cast<DppDtype>(dtype), {*in, *kept, grads[0], grads[1], grads[2], grads[3]}, nullptr);
+const char* emulated_bwd(int dtype, const DppGroups* in, double* kept, float* const* grads) {
+  const DppBackward call{*in, kept_in(kept, *in), grads[0], grads[1], grads[2], grads[3]};
+  const int error = dpp_bwd(static_cast<DppDtype>(dtype), call, nullptr);
   return error == 0 ? "" : error_text(error);
 }
 
