@@ -84,7 +84,7 @@ def tuned(
 
     run(candidate) must leave nothing behind that the caller reads: it runs many times.
     """
-    if not AUTOTUNE or device.type != "cuda":
+    if not AUTOTUNE or architecture(device) == "interpreter":
         return default
     key = (name, shape, device)
     if key not in _FOUND:

@@ -6,74 +6,10 @@ Sums and differences of scores are in float64, exponentials in the dtype of the 
 
 from __future__ import annotations
 
-import itertools
-import struct
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
 from ._dpp import fill
-
-# (elements of a program's tile, warps), by architecture. Not measured yet: no GPU has run these. With 4 elements a
-# thread nothing spills, with 8 three kernels do.
-LAUNCH = {"interpreter": (64, 1), "cuda:80": (512, 4), "cuda:90": (512, 4), "hip:gfx942": (512, 4)}
-# Launches of one device that count their programs apart: one for each stream, one for each captured launch.
-_SLOTS = 4096
-_FREE: dict[torch.device, tuple[torch.Tensor, Any]] = {}
-_HELD: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def bits(x: float) -> int:
-    """x for number(): a float reaches a kernel as float32, its 64 bits as an integer arrive whole."""
-    return int(struct.unpack("<q", struct.pack("<d", x))[0])
-
-
-def flat(x: torch.Tensor | None) -> torch.Tensor | None:
-    """A keyword argument as the kernels read it; positional ones come so."""
-    return None if x is None else x.contiguous()
-
-
-def tile(total: int, count: int, elements: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile, for count rows of total / count columns on average."""
-    columns = min(triton.next_power_of_2(max(triton.cdiv(total, count), 1)), elements)
-    return min(elements // columns, triton.next_power_of_2(count)), columns
-
-
-def _slot(device: torch.device) -> torch.Tensor:
-    """A counter that no other launch uses."""
-    if device not in _FREE:
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(1, dtype=torch.int32, device=device)
-        pool = torch.zeros(_SLOTS, dtype=torch.int32, device=device)
-        # Other streams use it too. Once in a process, as compiling a kernel is.
-        torch.cuda.current_stream(device).synchronize()
-        _FREE[device] = (pool, itertools.count())
-    pool, taken = _FREE[device]
-    index = next(taken)
-    # Beyond the pool the zeros are filled by a launch of their own.
-    return pool[index : index + 1] if index < _SLOTS else torch.zeros(1, dtype=torch.int32, device=device)
-
-
-def _counter(device: torch.device) -> torch.Tensor:
-    """(1,) int32, 0 between launches. Launches of one stream take turns, so they share it; a captured launch, which
-    may be replayed on any stream, has its own."""
-    if device.type != "cuda":
-        return _HELD.setdefault((device, 0), torch.zeros(1, dtype=torch.int32, device=device))
-    if torch.cuda.is_current_stream_capturing():
-        return _slot(device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _HELD:
-        _HELD[key] = _slot(device)
-    return _HELD[key]
-
-
-def scratch(programs: int, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Room for the partial sums of several programs and the counter of those that have arrived; one needs neither."""
-    if programs == 1:
-        return None, None
-    return torch.empty(programs, dtype=torch.float64, device=device), _counter(device)
 
 
 @triton.jit
@@ -83,24 +19,24 @@ def number(x):
 
 
 @triton.jit
-def total(value, partial_ptr, counter_ptr, out_ptr):
+def total(value, room_ptr, out_ptr):
     """Store the sum of a float64 over all programs, in their order; the last program to arrive computes it."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    if partial_ptr is None:
+    if room_ptr is None:
         tl.store(out_ptr, value.to(dtype))
     else:
         programs = tl.num_programs(0)
-        tl.store(partial_ptr + tl.program_id(0), value)
+        tl.store(room_ptr + 1 + tl.program_id(0), value.to(tl.int64, bitcast=True))
         # Whichever thread stored, the barrier puts it before the release of the one that counts.
         tl.debug_barrier()
-        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+        arrived = tl.atomic_add(room_ptr, 1, sem="acq_rel", scope="gpu")
         if arrived == programs - 1:
             sums = tl.zeros((256,), tl.float64)
             for first in range(0, programs, 256):
                 at = first + tl.arange(0, 256)
-                sums += tl.load(partial_ptr + at, mask=at < programs, other=0.0)
+                sums += tl.load(room_ptr + 1 + at, mask=at < programs, other=0).to(tl.float64, bitcast=True)
             tl.store(out_ptr, tl.sum(sums, 0).to(dtype))
-            tl.store(counter_ptr, 0)
+            tl.store(room_ptr, 0)
 
 
 @triton.jit

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import Signature, on_device
-from ._launch import architecture, row
-from ._loss import LAUNCH, bits, exponential, log1p, number, scratch, softplus, tile, total
+from ._common import Signature
+from ._launch import cdiv, power_of_2
+from ._loss import exponential, log1p, number, softplus, total
+from ._loss_launch import LAUNCH, bits, block_of, launch, scalar, tile
 
 
 @triton.jit
@@ -58,12 +59,11 @@ def _epa_loss_kernel(
     coef_strong_ptr,
     coef_weak_ptr,
     out_ptr,
-    partial_ptr,
-    counter_ptr,
-    B,
-    strong,
-    weak,
-    beta,
+    room_ptr,
+    B: tl.int64,
+    strong: tl.int64,
+    weak: tl.int64,
+    beta: tl.int64,
     REDUCTION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -100,7 +100,7 @@ def _epa_loss_kernel(
     if REDUCTION == "none":
         tl.store(out_ptr + b, loss.to(dtype), mask=live)
     else:
-        total(tl.sum(tl.where(live, loss, 0.0), 0), partial_ptr, counter_ptr, out_ptr)
+        total(tl.sum(tl.where(live, loss, 0.0), 0), room_ptr, out_ptr)
 
 
 @triton.jit(do_not_specialize=["B", "models", "beta", "gamma"])
@@ -110,12 +110,11 @@ def _poft_loss_kernel(
     aligned_ptr,
     coef_ptr,
     out_ptr,
-    partial_ptr,
-    counter_ptr,
-    B,
-    models,
-    beta,
-    gamma,
+    room_ptr,
+    B: tl.int64,
+    models: tl.int64,
+    beta: tl.int64,
+    gamma: tl.int64,
     REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -139,7 +138,7 @@ def _poft_loss_kernel(
     if REDUCTION == "none":
         tl.store(out_ptr + b, loss.to(dtype), mask=live)
     else:
-        total(tl.sum(tl.where(live, loss, 0.0), 0), partial_ptr, counter_ptr, out_ptr)
+        total(tl.sum(tl.where(live, loss, 0.0), 0), room_ptr, out_ptr)
 
 
 def epa_loss_fwd(
@@ -169,20 +168,20 @@ def epa_loss_fwd(
     coefs = (torch.empty_like(positive), torch.empty_like(strong), torch.empty_like(weak))
     if n == 0:
         return positive.new_zeros(() if reduction != "none" else 0), coefs
-    out = positive.new_empty(() if reduction != "none" else n)
-    elements, warps = row(LAUNCH, architecture(positive.device))
+    out = scalar(positive) if reduction != "none" else positive.new_empty(n)
+    elements, warps = block_of(positive.device)
     rows, columns = tile(n * max(strong.shape[1], weak.shape[1]), n, elements)
-    programs = triton.cdiv(n, rows)
-    with on_device(positive):
-        _epa_loss_kernel[(programs,)](
-            *(positive, strong, weak, ref_positive, ref_strong, ref_weak, *coefs, out),
-            *(scratch(programs, positive.device) if reduction != "none" else (None, None)),
-            *(n, strong.shape[1], weak.shape[1], bits(beta)),
-            REDUCTION=reduction,
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=warps,
-        )
+    programs = cdiv(n, rows)
+    launch(
+        _epa_loss_kernel,
+        programs,
+        (positive, strong, weak, ref_positive, ref_strong, ref_weak),
+        (*coefs, out),
+        (n, strong.shape[1], weak.shape[1], bits(beta)),
+        (reduction, rows, columns),
+        warps,
+        summed=reduction != "none",
+    )
     return out, coefs
 
 
@@ -210,30 +209,31 @@ def poft_loss_fwd(
     coef = torch.empty_like(logps)
     if n == 0:
         return logps.new_zeros(() if reduction != "none" else 0), (coef,)
-    out = logps.new_empty(() if reduction != "none" else n)
-    elements, warps = row(LAUNCH, architecture(logps.device))
-    block = min(elements, triton.next_power_of_2(n))
-    programs = triton.cdiv(n, block)
-    with on_device(logps):
-        _poft_loss_kernel[(programs,)](
-            *(logps, lengths, aligned_mean_logps, coef, out),
-            *(scratch(programs, logps.device) if reduction != "none" else (None, None)),
-            *(n, aligned_mean_logps.shape[1], bits(beta), bits(gamma)),
-            REDUCTION=reduction,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    out = scalar(logps) if reduction != "none" else logps.new_empty(n)
+    elements, warps = block_of(logps.device)
+    block = min(elements, power_of_2(n))
+    programs = cdiv(n, block)
+    launch(
+        _poft_loss_kernel,
+        programs,
+        (logps, lengths, aligned_mean_logps),
+        (coef, out),
+        (n, aligned_mean_logps.shape[1], bits(beta), bits(gamma)),
+        (reduction, block),
+        warps,
+        summed=reduction != "none",
+    )
     return out, (coef,)
 
 
 def _signature(kernel: triton.JITFunction, real: str, reduction: str, negatives: int) -> Signature:
     elements, warps = LAUNCH["cuda:90"]
-    types = {n: real for n in kernel.arg_names if n.endswith("_ptr")} | {"partial_ptr": "*fp64", "counter_ptr": "*i32"}
-    types |= dict.fromkeys(("B", "strong", "weak", "models"), "i32") | dict.fromkeys(("beta", "gamma"), "i64")
+    types = {n: real for n in kernel.arg_names if n.endswith("_ptr")} | {"room_ptr": "*i64"}
+    types |= dict.fromkeys(("B", "strong", "weak", "models", "beta", "gamma"), "i64")
     rows, columns = tile(4096 * negatives, 4096, elements)
     constants = {"REDUCTION": reduction, "ROWS": rows, "COLUMNS": columns, "BLOCK": elements}
     if reduction == "none":
-        constants |= {"partial_ptr": None, "counter_ptr": None}
+        constants |= {"room_ptr": None}
     names = set(kernel.arg_names)
     types = {n: t for n, t in types.items() if n in names and n not in constants}
     return Signature(kernel, types, {n: c for n, c in constants.items() if n in names}, hot=True, num_warps=warps)

@@ -6,17 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import Signature, on_device
-from ._launch import architecture, row
-from ._loss import LAUNCH, bits, flat, number, scratch, spans, tile, total, uncovered
+from ._common import Signature
+from ._launch import cdiv
+from ._loss import number, spans, total, uncovered
+from ._loss_launch import LAUNCH, bits, block_of, flat, launch, scalar, tile
 
 
 @triton.jit
-def _shaped(logps_ptr, ref_ptr, rewards_ptr, at, live, alpha, beta):
-    """S_i = r_i - alpha l_i + beta f_i, and l_i; alpha None leaves the reward alone."""
+def _shaped(logps_ptr, ref_ptr, rewards_ptr, at, live, alpha, beta, SHAPED: tl.constexpr):
+    """S_i = r_i - alpha l_i + beta f_i, and l_i; SHAPED False leaves l_i out."""
     own = tl.load(logps_ptr + at, mask=live, other=0.0).to(tl.float64)
     s = tl.load(rewards_ptr + at, mask=live, other=0.0).to(tl.float64)
-    if alpha is not None:
+    if SHAPED:
         s -= number(alpha) * own
     if ref_ptr is not None:
         s += number(beta) * tl.load(ref_ptr + at, mask=live, other=0.0).to(tl.float64)
@@ -32,13 +33,13 @@ def _group_loss_kernel(
     offsets_ptr,
     coef_ptr,
     out_ptr,
-    partial_ptr,
-    counter_ptr,
-    G,
-    S,
-    k,
-    alpha,
-    beta,
+    room_ptr,
+    G: tl.int64,
+    S: tl.int64,
+    k: tl.int64,
+    alpha: tl.int64,
+    beta: tl.int64,
+    SHAPED: tl.constexpr,
     BASELINE: tl.constexpr,
     VARIANCE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -55,7 +56,8 @@ def _group_loss_kernel(
         # A sum in float64 is exact to 1e-16 of its terms: 1e5 nats leave a reward of 1e-8 some digits.
         for first in range(0, longest, COLUMNS):
             live = first + column < size[:, None]
-            s, _ = _shaped(logps_ptr, ref_ptr, rewards_ptr, low[:, None] + first + column, live, alpha, beta)
+            at = low[:, None] + first + column
+            s, _ = _shaped(logps_ptr, ref_ptr, rewards_ptr, at, live, alpha, beta, SHAPED)
             baseline += tl.sum(s, 1)
         baseline /= tl.maximum(count, 1.0)
     # Divisions are by row: one of float64 costs as much as the rest of an element.
@@ -70,7 +72,7 @@ def _group_loss_kernel(
     for first in range(0, longest, COLUMNS):
         at = low[:, None] + first + column
         live = first + column < size[:, None]
-        s, own = _shaped(logps_ptr, ref_ptr, rewards_ptr, at, live, alpha, beta)
+        s, own = _shaped(logps_ptr, ref_ptr, rewards_ptr, at, live, alpha, beta, SHAPED)
         d = s - baseline[:, None]
         if VARIANCE:
             coef = -number(alpha) * d * factor[:, None]
@@ -85,7 +87,7 @@ def _group_loss_kernel(
     value = tl.sum(loss, 0)
     if pid == 0:
         value += uncovered(coef_ptr, offsets_ptr, G, S, COLUMNS)
-    total(value, partial_ptr, counter_ptr, out_ptr)
+    total(value, room_ptr, out_ptr)
 
 
 def _launch(
@@ -100,6 +102,7 @@ def _launch(
     variance: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
     """Both losses: they differ in their last lines."""
+    alpha, beta = ab
     n = logps.shape[0]
     if baseline == "none":
         group_size, offsets = 1, None
@@ -107,20 +110,19 @@ def _launch(
     if n == 0 or groups == 0:
         # Rows that no group holds: only offsets that nobody checked leave some.
         return logps.new_zeros(()), (torch.full_like(logps, float("nan")),)
-    coef, out = torch.empty_like(logps), logps.new_empty(())
-    elements, warps = row(LAUNCH, architecture(logps.device))
+    coef, out = torch.empty_like(logps), scalar(logps)
+    elements, warps = block_of(logps.device)
     rows, columns = tile(n, groups, elements)
-    programs = triton.cdiv(groups, rows)
-    with on_device(logps):
-        _group_loss_kernel[(programs,)](
-            *(logps, ref_logps, rewards, flat(bonus), flat(offsets), coef, out, *scratch(programs, logps.device)),
-            *(groups, n, group_size or 0, None if ab[0] is None else bits(ab[0]), bits(ab[1])),
-            BASELINE=baseline,
-            VARIANCE=variance,
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=warps,
-        )
+    programs = cdiv(groups, rows)
+    launch(
+        _group_loss_kernel,
+        programs,
+        (logps, ref_logps, rewards, flat(bonus), flat(offsets)),
+        (coef, out),
+        (groups, n, group_size or 0, bits(alpha or 0.0), bits(beta)),
+        (alpha is not None, baseline, variance, rows, columns),
+        warps,
+    )
     return out, (coef,)
 
 
@@ -174,10 +176,16 @@ def _signature(real: str, k: int, offsets: str | None, baseline: str, variance: 
     elements, warps = LAUNCH["cuda:90"]
     rows, columns = tile(4096, 4096 // k, elements)
     pointers = ["logps_ptr", "ref_ptr", "rewards_ptr", "coef_ptr", "out_ptr", *(["bonus_ptr"] if bonus else [])]
-    types = dict.fromkeys(pointers, real) | {"partial_ptr": "*fp64", "counter_ptr": "*i32"}
-    types |= {"G": "i32", "S": "i32", "k": "i32", "alpha": "i64", "beta": "i64"}
+    types = dict.fromkeys(pointers, real) | {"room_ptr": "*i64"}
+    types |= {"G": "i64", "S": "i64", "k": "i64", "alpha": "i64", "beta": "i64"}
     types |= {"offsets_ptr": offsets} if offsets else {}
-    constants = {"BASELINE": baseline, "VARIANCE": variance, "ROWS": rows, "COLUMNS": columns}
+    constants = {
+        "SHAPED": baseline != "none",
+        "BASELINE": baseline,
+        "VARIANCE": variance,
+        "ROWS": rows,
+        "COLUMNS": columns,
+    }
     missing = dict.fromkeys(n for n in _group_loss_kernel.arg_names if n.endswith("_ptr") and n not in types)
     return Signature(_group_loss_kernel, types, constants | missing, hot=True, num_warps=warps)
 

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import Signature, on_device
-from ._launch import architecture, row
-from ._loss import LAUNCH, bits, number, scratch, softplus, total
+from ._common import Signature
+from ._launch import cdiv, power_of_2
+from ._loss import number, softplus, total
+from ._loss_launch import LAUNCH, bits, block_of, launch, scalar
 
 
 @triton.jit(do_not_specialize=["B", "alpha", "beta", "smoothing"])
@@ -20,12 +21,11 @@ def _pair_loss_kernel(
     coef_chosen_ptr,
     coef_rejected_ptr,
     out_ptr,
-    partial_ptr,
-    counter_ptr,
-    B,
-    alpha,
-    beta,
-    smoothing,
+    room_ptr,
+    B: tl.int64,
+    alpha: tl.int64,
+    beta: tl.int64,
+    smoothing: tl.int64,
     REDUCTION: tl.constexpr,
     SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -59,7 +59,7 @@ def _pair_loss_kernel(
     if REDUCTION == "none":
         tl.store(out_ptr + b, loss.to(dtype), mask=live)
     else:
-        total(tl.sum(tl.where(live, loss, 0.0), 0), partial_ptr, counter_ptr, out_ptr)
+        total(tl.sum(tl.where(live, loss, 0.0), 0), room_ptr, out_ptr)
 
 
 def pair_loss_fwd(
@@ -89,21 +89,22 @@ def pair_loss_fwd(
     coefs = (torch.empty_like(chosen), torch.empty_like(rejected))
     if n == 0:
         return chosen.new_zeros(() if reduction != "none" else 0), coefs
-    out = chosen.new_empty(() if reduction != "none" else n)
-    elements, warps = row(LAUNCH, architecture(chosen.device))
-    block = min(elements, triton.next_power_of_2(n))
-    programs = triton.cdiv(n, block)
-    references = (None, None) if ref_chosen is None or ref_rejected is None else (ref_chosen, ref_rejected)
-    with on_device(chosen):
-        _pair_loss_kernel[(programs,)](
-            *(chosen, rejected, *references, *coefs, out),
-            *(scratch(programs, chosen.device) if reduction != "none" else (None, None)),
-            *(n, bits(alpha), bits(beta), bits(label_smoothing)),
-            REDUCTION=reduction,
-            SMOOTH=label_smoothing != 0,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    out = scalar(chosen) if reduction != "none" else chosen.new_empty(n)
+    elements, warps = block_of(chosen.device)
+    block = min(elements, power_of_2(n))
+    programs = cdiv(n, block)
+    if ref_rejected is None:
+        ref_chosen = None
+    launch(
+        _pair_loss_kernel,
+        programs,
+        (chosen, rejected, ref_chosen, ref_rejected),
+        (*coefs, out),
+        (n, bits(alpha), bits(beta), bits(label_smoothing)),
+        (reduction, label_smoothing != 0, block),
+        warps,
+        summed=reduction != "none",
+    )
     return out, coefs
 
 
@@ -111,8 +112,8 @@ def _signature(real: str, reduction: str, several: bool, full: bool) -> Signatur
     block, warps = LAUNCH["cuda:90"]
     pointers = ["chosen_ptr", "rejected_ptr", "coef_chosen_ptr", "coef_rejected_ptr", "out_ptr"]
     pointers += ["ref_chosen_ptr", "ref_rejected_ptr"] if full else []
-    types = dict.fromkeys(pointers, real) | {"B": "i32", "alpha": "i64", "beta": "i64", "smoothing": "i64"}
-    types |= {"partial_ptr": "*fp64", "counter_ptr": "*i32"} if several else {}
+    types = dict.fromkeys(pointers, real) | {"B": "i64", "alpha": "i64", "beta": "i64", "smoothing": "i64"}
+    types |= {"room_ptr": "*i64"} if several else {}
     constants = {"REDUCTION": reduction, "SMOOTH": full, "BLOCK": block}
     missing = dict.fromkeys(n for n in _pair_loss_kernel.arg_names if n.endswith("_ptr") and n not in types)
     return Signature(_pair_loss_kernel, types, constants | missing, hot=True, num_warps=warps)

@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import Signature, on_device
+from ._common import Signature
 from ._dpp import fill
-from ._launch import architecture, row
-from ._loss import LAUNCH, flat, scratch, spans, total, uncovered
+from ._launch import cdiv, power_of_2
+from ._loss import spans, total, uncovered
+from ._loss_launch import LAUNCH, block_of, flat, launch, scalar
 from .loss_groups import group_loss_fwd
 
 # Responses of the largest group that is sorted in registers.
@@ -67,12 +68,12 @@ def _rspo_loss_kernel(
     offsets_ptr,
     coef_ptr,
     out_ptr,
-    partial_ptr,
-    counter_ptr,
-    G,
-    S,
-    n,
-    k,
+    room_ptr,
+    # In 64 bits these two made the form of ragged groups spill.
+    G: tl.int32,
+    S: tl.int32,
+    n: tl.int64,
+    k: tl.int64,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDEST: tl.constexpr,
@@ -95,7 +96,7 @@ def _rspo_loss_kernel(
                 value += _groups(logps_ptr, rewards_ptr, coef_ptr, begin, width, bad, share, k, WIDEST)
     if pid == 0:
         value += uncovered(coef_ptr, offsets_ptr, G, S, COLUMNS)
-    total(value, partial_ptr, counter_ptr, out_ptr)
+    total(value, room_ptr, out_ptr)
 
 
 def _widths(n: int, groups: int, ragged: bool, elements: int) -> tuple[int, int, int]:
@@ -103,9 +104,9 @@ def _widths(n: int, groups: int, ragged: bool, elements: int) -> tuple[int, int,
     all samples but at most LARGEST, which bounds any."""
     # Sorting takes registers: 8 bytes spill on sm_80 with the other losses' tile.
     elements //= 2
-    widest = min(triton.next_power_of_2(n if ragged else n // groups), LARGEST)
-    columns = min(triton.next_power_of_2(2 * triton.cdiv(n, groups)), widest)
-    return min(max(elements // columns, 1), triton.next_power_of_2(groups)), columns, widest
+    widest = min(power_of_2(n if ragged else n // groups), LARGEST)
+    columns = min(power_of_2(2 * cdiv(n, groups)), widest)
+    return min(max(elements // columns, 1), power_of_2(groups)), columns, widest
 
 
 def rspo_loss_fwd(
@@ -138,19 +139,19 @@ def rspo_loss_fwd(
     groups = offsets.shape[0] - 1 if offsets is not None else n // (group_size or 1)
     if n == 0 or groups == 0:
         return logps.new_zeros(()), (torch.full_like(logps, float("nan")),)
-    coef, out = torch.empty_like(logps), logps.new_empty(())
-    elements, warps = row(LAUNCH, architecture(logps.device))
+    coef, out = torch.empty_like(logps), scalar(logps)
+    elements, warps = block_of(logps.device)
     rows, columns, widest = _widths(n, groups, offsets is not None, elements)
-    programs = triton.cdiv(groups, rows)
-    with on_device(logps):
-        _rspo_loss_kernel[(programs,)](
-            *(logps, rewards, flat(offsets), coef, out, *scratch(programs, logps.device)),
-            *(groups, n, group_size or 0, k),
-            ROWS=rows,
-            COLUMNS=columns,
-            WIDEST=widest,
-            num_warps=warps,
-        )
+    programs = cdiv(groups, rows)
+    launch(
+        _rspo_loss_kernel,
+        programs,
+        (logps, rewards, flat(offsets)),
+        (coef, out),
+        (groups, n, group_size or 0, k),
+        (rows, columns, widest),
+        warps,
+    )
     return out, (coef,)
 
 
@@ -158,7 +159,7 @@ def _signature(real: str, n: int, offsets: str | None) -> Signature:
     elements, warps = LAUNCH["cuda:90"]
     rows, columns, widest = _widths(4096, 4096 // n, offsets is not None, elements)
     types = dict.fromkeys(("logps_ptr", "rewards_ptr", "coef_ptr", "out_ptr"), real)
-    types |= {"partial_ptr": "*fp64", "counter_ptr": "*i32"} | dict.fromkeys(("G", "S", "n", "k"), "i32")
+    types |= {"room_ptr": "*i64"} | dict.fromkeys(("G", "S"), "i32") | dict.fromkeys(("n", "k"), "i64")
     types |= {"offsets_ptr": offsets} if offsets else {}
     constants = {"ROWS": rows, "COLUMNS": columns, "WIDEST": widest} | ({} if offsets else {"offsets_ptr": None})
     # 83 scalar registers of the second width spill on gfx942, into vector registers.

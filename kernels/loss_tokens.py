@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import Signature, on_device
-from ._launch import architecture, processors, row
-from ._loss import LAUNCH, bits, exponential, flat, number, scratch, spans, tile, total, uncovered
+from ._common import Signature
+from ._launch import cdiv, processors
+from ._loss import exponential, number, spans, total, uncovered
+from ._loss_launch import LAUNCH, bits, block_of, flat, launch, scalar, tile
 from ._softmax import expm1
 
 
@@ -21,15 +22,14 @@ def _token_loss_kernel(
     cu_ptr,
     coef_ptr,
     out_ptr,
-    partial_ptr,
-    counter_ptr,
-    N,
-    S,
-    parts,
-    kl,
-    eps_low,
-    eps_high,
-    limit,
+    room_ptr,
+    N: tl.int64,
+    S: tl.int64,
+    parts: tl.int64,
+    kl: tl.int64,
+    eps_low: tl.int64,
+    eps_high: tl.int64,
+    limit: tl.int64,
     SEQUENCE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -89,7 +89,7 @@ def _token_loss_kernel(
     sums = tl.sum(loss * share, 0)
     if pid == 0:
         sums += uncovered(coef_ptr, cu_ptr, S, N, COLUMNS)
-    total(sums, partial_ptr, counter_ptr, out_ptr)
+    total(sums, room_ptr, out_ptr)
 
 
 def token_loss_fwd(
@@ -123,25 +123,30 @@ def token_loss_fwd(
     n, count = token_logps.shape[0], cu_seqlens.shape[0] - 1
     if n == 0 or count == 0:
         return token_logps.new_zeros(()), (torch.full_like(token_logps, float("nan")),)
-    coef, out = torch.empty_like(token_logps), token_logps.new_empty(())
-    elements, warps = row(LAUNCH, architecture(token_logps.device))
+    coef, out = torch.empty_like(token_logps), scalar(token_logps)
+    elements, warps = block_of(token_logps.device)
     rows, columns = tile(n, count, elements)
-    programs = triton.cdiv(count, rows)
+    programs = cdiv(count, rows)
     # The mean of a sequence is one program's work; else a few long sequences are cut until the machine is full.
     full = 4 * processors(token_logps.device) // programs
-    parts = 1 if ratio == "sequence" else max(1, min(triton.cdiv(n, count * columns), full))
+    parts = 1 if ratio == "sequence" else max(1, min(cdiv(n, count * columns), full))
     programs *= parts
-    with on_device(token_logps):
-        _token_loss_kernel[(programs,)](
-            *(token_logps, old_token_logps, flat(ref_token_logps) if kl else None, advantages, cu_seqlens),
-            *(coef, out, *scratch(programs, token_logps.device), n, count, parts),
-            *(bits(kl), bits(eps_low), bits(eps_high), bits(normalize if not isinstance(normalize, str) else 1.0)),
-            SEQUENCE=ratio == "sequence",
-            NORMALIZE=normalize if isinstance(normalize, str) else "number",
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=warps,
-        )
+    limit = 0.0 if isinstance(normalize, str) else normalize
+    launch(
+        _token_loss_kernel,
+        programs,
+        (
+            token_logps,
+            old_token_logps,
+            flat(ref_token_logps) if kl else None,
+            advantages,
+            cu_seqlens,
+        ),
+        (coef, out),
+        (n, count, parts, bits(kl), bits(eps_low), bits(eps_high), bits(limit)),
+        (ratio == "sequence", "number" if limit else normalize, rows, columns),
+        warps,
+    )
     return out, (coef,)
 
 
@@ -149,8 +154,8 @@ def _signature(real: str, cu: str, length: int, kl: bool, sequence: bool, normal
     elements, warps = LAUNCH["cuda:90"]
     rows, columns = tile(2**20, 2**20 // length, elements)
     pointers = ["logps_ptr", "old_ptr", "advantages_ptr", "coef_ptr", "out_ptr", *(["ref_ptr"] if kl else [])]
-    types = dict.fromkeys(pointers, real) | {"cu_ptr": cu, "partial_ptr": "*fp64", "counter_ptr": "*i32"}
-    types |= dict.fromkeys(("N", "S", "parts"), "i32") | dict.fromkeys(("kl", "eps_low", "eps_high", "limit"), "i64")
+    types = dict.fromkeys(pointers, real) | {"cu_ptr": cu, "room_ptr": "*i64"}
+    types |= dict.fromkeys(("N", "S", "parts", "kl", "eps_low", "eps_high", "limit"), "i64")
     constants = {"SEQUENCE": sequence, "NORMALIZE": normalize, "ROWS": rows, "COLUMNS": columns}
     constants |= {} if kl else {"ref_ptr": None}
     return Signature(_token_loss_kernel, types, constants, hot=True, num_warps=warps)

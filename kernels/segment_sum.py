@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ._common import Signature, on_device
+from ._launch import cdiv
 
 _BLOCK = 1024
 
@@ -83,7 +84,7 @@ def segment_sum_bwd(grad: torch.Tensor, cu_seqlens: torch.Tensor, n: int) -> tor
     out = grad.new_empty(n)
     if n:
         with on_device(grad):
-            _segment_sum_bwd_kernel[(triton.cdiv(n, _BLOCK),)](
+            _segment_sum_bwd_kernel[(cdiv(n, _BLOCK),)](
                 *(grad.contiguous(), cu_seqlens.contiguous(), out, n, n_segments),
                 steps=n_segments.bit_length(),
                 BLOCK=_BLOCK,

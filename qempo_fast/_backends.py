@@ -30,7 +30,7 @@ class _Kernel:
 
 
 _KERNELS: dict[str, dict[str, _Kernel]] = {}
-_DEFAULTS: dict[tuple[str, str], tuple[str, Callable[..., Any]]] = {}
+_DEFAULTS: dict[tuple[str, torch.device, str | None], tuple[str, Callable[..., Any]]] = {}
 
 
 def register(
@@ -93,15 +93,16 @@ def kernel(op: str, device: torch.device, backend: str | None = None) -> Callabl
 
 
 def default(op: str, device: torch.device) -> tuple[str, Callable[..., Any]]:
-    """choose() and its kernel where no argument names a backend; remembered: twice choose() takes 4 microseconds."""
-    if torch.compiler.is_compiling() or os.environ.get("QEMPO_BACKEND"):
+    """choose() and its kernel where no argument names a backend; remembered: choose() takes 4 microseconds and more.
+
+    Not while torch.compile traces, which would guard on what is remembered.
+    """
+    key = op, device, _check.environment("QEMPO_BACKEND")
+    found = _DEFAULTS.get(key)
+    if found is None:
         name = choose(op, device)
-        return name, _KERNELS[op][name].run
-    key = op, device.type
-    if key not in _DEFAULTS:
-        name = choose(op, device)
-        _DEFAULTS[key] = name, _KERNELS[op][name].run
-    return _DEFAULTS[key]
+        found = _DEFAULTS[key] = name, _KERNELS[op][name].run
+    return found
 
 
 @dataclass(frozen=True)

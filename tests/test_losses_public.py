@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qempo_fast.losses as qf
-from qempo_fast import _backends
+from qempo_fast import _backends, _check
 
 D = torch.float64
 B, S, K, N = 6, 12, 4, 20
@@ -23,7 +23,8 @@ def close(got: torch.Tensor, want: torch.Tensor, tol: float = 1e-12) -> None:
     torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 
 
-def data(dtype: torch.dtype = D) -> dict[str, torch.Tensor]:
+def data(dtype: torch.dtype = D, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """Inputs of every loss, drawn on the CPU; with those that no gradient concerns, offsets among them."""
     g = torch.Generator().manual_seed(3)
 
     def draw(*shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -44,7 +45,8 @@ def data(dtype: torch.dtype = D) -> dict[str, torch.Tensor]:
         "tref": tensors["tl"] + draw(N, scale=0.2),
         "adv": draw(4),
     }
-    return tensors | {"lengths": torch.tensor([3, 9, 1, 4, 7, 2]), "aligned": draw(B, 2, shift=-2)}
+    tensors |= {"lengths": torch.tensor([3, 9, 1, 4, 7, 2]), "aligned": draw(B, 2, shift=-2)}
+    return {name: x.to(device) for name, x in (tensors | {"offsets": OFFSETS, "cu": CU}).items()}
 
 
 @pytest.fixture(params=["reference", "cpu"], autouse=True)
@@ -67,31 +69,31 @@ LOSSES: dict[str, tuple[Call, str, str]] = {
     "epa": (lambda d: qf.epa_loss(d["w"], d["s"], d["v"], d["fw"], d["fs"], d["fv"]), "w s v", "fw fs fv"),
     "poft": (lambda d: qf.poft_loss(d["w"], d["lengths"], d["aligned"]), "w", "aligned"),
     "spl": (lambda d: qf.spl_loss(d["l"], d["f"], d["r"], group_size=K, alpha=0.3, beta=0.1), "l", "f r"),
-    "qempo": (lambda d: qf.qempo_loss(d["l"], d["r"], lam=4.0, offsets=OFFSETS), "l", "r"),
+    "qempo": (lambda d: qf.qempo_loss(d["l"], d["r"], lam=4.0, offsets=d["offsets"]), "l", "r"),
     "qempo_kl": (
         lambda d: qf.qempo_kl_loss(d["l"], d["f"], d["r"], lam=4.0, mu=0.5, group_size=K),
         "l",
         "f r",
     ),
-    "gvpo": (lambda d: qf.gvpo_loss(d["l"], d["f"], d["r"], offsets=OFFSETS), "l", "f r"),
+    "gvpo": (lambda d: qf.gvpo_loss(d["l"], d["f"], d["r"], offsets=d["offsets"]), "l", "f r"),
     "variance": (
         lambda d: qf.variance_loss(d["l"], d["f"], d["r"], alpha=0.3, beta=0.1, group_size=K),
         "l",
         "f r",
     ),
-    "rspo": (lambda d: qf.rspo_loss(d["l"], d["r"], k=2, offsets=OFFSETS), "l", "r"),
+    "rspo": (lambda d: qf.rspo_loss(d["l"], d["r"], k=2, offsets=d["offsets"]), "l", "r"),
     "dqo": (
         lambda d: qf.dqo_loss(d["l"], d["r"], d["e"], ref_logps=d["f"], beta=0.1, group_size=K),
         "l",
         "r e f",
     ),
     "grpo": (
-        lambda d: qf.grpo_loss(d["tl"], d["told"], d["adv"], CU, ref_token_logps=d["tref"], kl=0.1),
+        lambda d: qf.grpo_loss(d["tl"], d["told"], d["adv"], d["cu"], ref_token_logps=d["tref"], kl=0.1),
         "tl",
         "told adv tref",
     ),
     "gspo": (
-        lambda d: qf.grpo_loss(d["tl"], d["told"], d["adv"], CU.int(), ratio="sequence", normalize=7.0),
+        lambda d: qf.grpo_loss(d["tl"], d["told"], d["adv"], d["cu"].int(), ratio="sequence", normalize=7.0),
         "tl",
         "told adv",
     ),
@@ -405,3 +407,27 @@ def test_the_default_backend_follows_the_environment(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("QEMPO_BACKEND", "pair_loss=reference")
     assert _backends.default("pair_loss", cpu)[0] == "reference"
     assert _backends.default("group_loss", cpu)[0] == "cpu"
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["by the dictionary under os.environ", "by os.environ"])
+def test_the_environment_is_read_at_each_call(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set, changed and taken away while the process runs, by a test or by a notebook."""
+    if not kept:
+        monkeypatch.setattr(_check, "_ENVIRONMENT", None)
+    assert _check._ENVIRONMENT is not None or not kept
+    for value in ("1", "0", None):
+        if value is None:
+            monkeypatch.delenv("QEMPO_CHECK")
+        else:
+            monkeypatch.setenv("QEMPO_CHECK", value)
+        assert _check.environment("QEMPO_CHECK") == value
+    logps, rewards = data()["l"], data()["r"]
+    chosen = []
+    for backend in ("reference", "cpu", "reference"):
+        monkeypatch.setenv("QEMPO_BACKEND", backend)
+        qf.qempo_loss(logps, rewards, lam=4.0, group_size=K)
+        chosen.append(_backends.default("group_loss", logps.device)[0])
+    assert chosen == ["reference", "cpu", "reference"]
+    monkeypatch.setenv("QEMPO_BACKEND", "nothing")
+    with pytest.raises(ValueError, match="QEMPO_BACKEND"):
+        qf.qempo_loss(logps, rewards, lam=4.0, group_size=K)

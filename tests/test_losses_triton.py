@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from tolerances import assert_as_good
 
 import qempo_fast as qf
 from qempo_fast import _backends
-from qempo_fast.kernels import _loss
+from qempo_fast.kernels import _loss_launch
 from qempo_fast.kernels.loss_groups import group_loss_fwd, variance_loss_fwd
 from qempo_fast.kernels.loss_pairs import pair_loss_fwd
 from qempo_fast.kernels.loss_risk import rspo_loss_fwd
@@ -290,8 +289,8 @@ def test_public_losses(name: str, dtype: torch.dtype, device: torch.device, monk
     results = []
     for backend in ("reference", "triton"):
         monkeypatch.setenv("QEMPO_BACKEND", backend)
-        assert _backends.choose("group_loss", torch.device("cpu")) == backend
-        given = public.data(dtype)
+        assert _backends.choose("group_loss", device) == backend
+        given = public.data(dtype, device)
         for key in policy.split():
             given[key].requires_grad_()
         loss = call(given)
@@ -336,29 +335,52 @@ def test_sums_over_programs_one_after_the_other(device: torch.device) -> None:
     drawn = {n: [draw(n).float().to(device) for _ in range(2)] for n in sizes}
     settings = {"alpha": 1.0, "beta": 0.0, "reduction": "sum"}
     values = [pair_loss_fwd(*drawn[n], None, None, **settings)[0] for n in sizes]
-    assert _loss._HELD
-    assert all(int(counter) == 0 for counter in _loss._HELD.values())
+    assert _loss_launch._HELD
+    assert all(int(room[0]) == 0 for room in _loss_launch._HELD.values())
     for n, value in zip(sizes, values, strict=True):
         truth = torch.nn.functional.softplus(drawn[n][1].double() - drawn[n][0].double()).sum()
         assert float(value) == pytest.approx(float(truth), rel=1e-6)
     assert torch.equal(values[0], values[2])
 
 
-def test_a_counter_for_each_captured_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots are never shared; where there are none yet, or no more, the zeros are the launch's own."""
-    cpu, capturing, waited = torch.device("cpu"), [True], []
-    stream = types.SimpleNamespace(synchronize=lambda: waited.append(1))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(_loss, "_SLOTS", 3)
-    monkeypatch.setattr(_loss, "_FREE", {})
-    assert int(_loss._slot(cpu)) == 0
-    assert not _loss._FREE
-    capturing[0] = False
-    slots = [_loss._slot(cpu) for _ in range(5)]
-    assert len({slot.data_ptr() for slot in slots}) == 5
-    assert [int(slot) for slot in slots] == [0] * 5
-    assert waited == [1]
+def test_a_room_for_each_captured_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured launches never share; where the pool is not there yet or is used up, the zeros are the launch's own."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(_loss_launch, "_FREE", {})
+    assert _loss_launch._captured(4, cpu).tolist() == [0] * 4
+    assert not _loss_launch._FREE
+    pool = torch.zeros(12, dtype=torch.int64)
+    _loss_launch._FREE[cpu] = pool
+    rooms = [_loss_launch._captured(4, cpu) for _ in range(5)]
+    assert [room.tolist() for room in rooms] == [[0] * 4] * 5
+    places = [room.data_ptr() for room in rooms]
+    assert places[:3] == [pool.data_ptr() + 32 * i for i in range(3)]
+    assert len({*places, pool.data_ptr()}) == 5
+    # What graphs go on using is held.
+    assert _loss_launch._FREE[cpu].untyped_storage().data_ptr() == pool.data_ptr()
+
+
+def test_the_room_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of one stream share it, another stream has its own, and a larger launch gets a larger one."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(_loss_launch, "_HELD", {})
+    first = _loss_launch._room(7, -1, 0, cpu)
+    assert _loss_launch._room(1023, -1, 0, cpu) is first
+    assert _loss_launch._room(7, -1, 1, cpu) is not first
+    larger = _loss_launch._room(1024, -1, 0, cpu)
+    assert larger.numel() == 2048
+    assert _loss_launch._room(7, -1, 0, cpu) is larger
+    assert not bool(larger.any())
+
+
+def test_a_room_is_whole_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a multiple of 16 bytes in the pool, or Triton would compile one more form inside a capture."""
+    cpu, taken = torch.device("cpu"), []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(_loss_launch, "_captured", lambda size, device: taken.append(size))
+    for programs in (2, 3, 4, 5):
+        _loss_launch._room(programs, 0, 0, cpu)
+    assert taken == [4, 4, 6, 6]
 
 
 @pytest.mark.parametrize("op", [group_loss_fwd, variance_loss_fwd, rspo_loss_fwd], ids=lambda op: op.__name__)
@@ -376,6 +398,25 @@ def test_a_reward_that_is_not_finite_spoils_its_own_group(op: Any, reward: float
     own = torch.arange(38, device=device) // 4 == 2
     assert torch.equal(coef[~own], clean[~own])
     assert not bool(coef[own].isfinite().any())
+
+
+NAMED = {
+    case.op: case for case in CASES if case.why.startswith(("21 programs", "odd size", "margins", "three", "k = 2"))
+}
+NAMED["token_loss"] = next(case for case in CASES if case.why == "empty sequences, KL, over tokens")
+
+
+@pytest.mark.parametrize("op", POLICY)
+def test_a_log_prob_that_is_nan_shows(op: str, device: torch.device) -> None:
+    """No maximum on the way may lose it: the loss is NaN, and so are the coefficients that depend on it."""
+    given, settings = NAMED[op].make()
+    given = [cast(x, device, torch.float32) for x in given]
+    settings = {name: cast(x, device, torch.float32) for name, x in settings.items()}
+    given[0][3] = math.nan
+    value, coefs = _backends.kernel(op, device, "triton")(*given, **settings)
+    assert bool(value.isnan())
+    if op != "rspo_loss":
+        assert bool(coefs[0][3].isnan())
 
 
 WRONG = {

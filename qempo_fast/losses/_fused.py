@@ -15,18 +15,16 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import _backends
+from .. import _backends, _check
 from . import _op
 from ._values import CHECKS, POLICY
 
 
-def _scaled(coefs: Sequence[torch.Tensor], grad: torch.Tensor) -> Sequence[torch.Tensor]:
+def _scaled(coefs: tuple[torch.Tensor, ...], grad: torch.Tensor) -> Sequence[torch.Tensor]:
     """Each of coefs times grad, a scalar or one number a row."""
-    if len(coefs) == 1:
-        return (_op.times(coefs[0], grad),)
-    if not grad.ndim:
-        return torch._foreach_mul(tuple(coefs), grad)
-    return [_op.times(coef, grad) for coef in coefs]
+    if grad.ndim:
+        return [_op.times(coef, grad) for coef in coefs]
+    return torch._foreach_mul(coefs, grad) if len(coefs) > 1 else (coefs[0] * grad,)
 
 
 @once_differentiable
@@ -39,7 +37,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], *policy: torch.Tensor) -> torch.Tensor:
         run, args, settings = call
         value, coefs = run(*args, **settings)
-        if len(policy) > 1 and False in ctx.needs_input_grad[1:]:
+        if len(policy) > 1 and ctx.needs_input_grad.count(False) > 1:
             coefs = [coef for coef, need in zip(coefs, ctx.needs_input_grad[1:], strict=True) if need]
         ctx.save_for_backward(*coefs)
         return value
@@ -48,29 +46,44 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # once_differentiable takes 2 of a small loss's 20 microseconds and says nothing without create_graph.
         grads = _scaled_once(ctx, grad) if torch.is_grad_enabled() else _scaled(ctx.saved_tensors, grad)
-        if len(grads) + 1 == len(ctx.needs_input_grad):
+        needs = ctx.needs_input_grad
+        if len(grads) + 1 == len(needs):
             return None, *grads
         each = iter(grads)
-        return None, *[next(each) if need else None for need in ctx.needs_input_grad[1:]]
+        return None, *[next(each) if need else None for need in needs[1:]]
 
 
-def loss(op: str, *args: Any, **settings: Any) -> torch.Tensor:
+# Function.apply's own step in Python looks for functorch's wrappers in each argument, 2 microseconds.
+_apply = super(torch.autograd.Function, _Fused).apply
+_in_functorch = torch._C._are_functorch_transforms_active
+
+
+def loss(op: str, args: Sequence[Any], settings: dict[str, Any]) -> torch.Tensor:
     """The loss op of arguments that are checked but for their values, on the backend of their device."""
-    policy = args[: POLICY[op]]
-    backend, run = _backends.default(op, args[0].device)
-    if backend == "reference":
-        args, settings = CHECKS[op](*policy, *map(_detached, args[len(policy) :]), **settings)
-        return run(*args, **settings)
+    first = args[0]
     if torch.compiler.is_compiling():
-        return _op.loss(op, backend, args, settings)
-    if backend not in _op.CHECKING:
+        backend = _backends.choose(op, first.device)
+        return _plain(op, args, settings) if backend == "reference" else _op.loss(op, backend, args, settings)
+    backend, run = _backends.default(op, first.device)
+    if backend == "reference":
+        return _plain(op, args, settings)
+    policy = args[: POLICY[op]]
+    # One look for all: each asks whether values on a GPU may be read.
+    if backend not in _op.CHECKING and _check.may_read(first):
         args, settings = CHECKS[op](*args, **settings)
     given = [x if x is None else x.contiguous() for x in args]
     if torch.is_grad_enabled():
         for x in policy:
             if x.requires_grad:
-                return _Fused.apply((run, given, settings), *policy)
+                return (_Fused.apply if _in_functorch() else _apply)((run, given, settings), *policy)
     return run(*given, **settings)[0]
+
+
+def _plain(op: str, args: Sequence[Any], settings: dict[str, Any]) -> torch.Tensor:
+    """The plain torch loss."""
+    policy = args[: POLICY[op]]
+    args, settings = CHECKS[op](*policy, *map(_detached, args[len(policy) :]), **settings)
+    return _backends.kernel(op, args[0].device, "reference")(*args, **settings)
 
 
 def _detached(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -79,10 +92,11 @@ def _detached(x: torch.Tensor | None) -> torch.Tensor | None:
 
 def advantages(rewards: torch.Tensor, **settings: Any) -> torch.Tensor:
     """group_advantages of rewards without a graph, on the backend of their device."""
-    backend, run = _backends.default("group_advantages", rewards.device)
     # No kernel of it is an operator: while torch.compile traces, the plain torch definition joins the graph.
     if torch.compiler.is_compiling():
         backend, run = "reference", _backends.kernel("group_advantages", rewards.device, "reference")
+    else:
+        backend, run = _backends.default("group_advantages", rewards.device)
     args: tuple[Any, ...] = (rewards,)
     if backend not in _op.CHECKING:
         args, settings = CHECKS["group_advantages"](rewards, **settings)

@@ -5,6 +5,7 @@ Eager calls go to the autograd function of _fused.py instead: an operator costs 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def _names(part: str) -> list[str]:
     return [argument.split()[1] for argument in part.split(", ")]
 
 
-def checked_run(op: str, backend: str, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+def checked_run(op: str, backend: str, args: Sequence[Any], settings: dict[str, Any]) -> Any:
     """(value, coefs) of arguments whose values are not checked yet."""
     if backend not in CHECKING:
         args, settings = CHECKS[op](*args, **settings)
@@ -96,7 +97,7 @@ def times(coef: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 _OPERATORS = {op: _operator(op, *schema) for op, schema in _SCHEMAS.items()}
 
 
-def loss(op: str, backend: str, args: tuple[Any, ...], settings: dict[str, Any]) -> torch.Tensor:
+def loss(op: str, backend: str, args: Sequence[Any], settings: dict[str, Any]) -> torch.Tensor:
     """The loss op as one node of the graph."""
     if "normalize" in settings:
         settings = {**settings, "normalize": NORMALIZE.get(settings["normalize"], settings["normalize"])}

@@ -56,20 +56,26 @@ def epa_loss(
     tensors = (positive, strong, weak, ref_positive, ref_strong, ref_weak)
     if not _fits(tensors):
         tensors = _named(tensors)
-    return _fused.loss("epa_loss", *tensors, beta=beta, reduction=reduction)
+    return _fused.loss("epa_loss", tensors, {"beta": beta, "reduction": reduction})
 
 
 def _fits(tensors: tuple[Any, ...]) -> bool:
     """Whether EPA's six need no cast and have their shapes."""
-    if not _inputs.alike(tensors) or any([x is None for x in tensors]):
+    for x in tensors:
+        if x is None:
+            return False
+    if not _inputs.alike(tensors):
         return False
-    positive, strong, weak = (x.shape for x in tensors[:3])
+    one, two, three, ref_positive, ref_strong, ref_weak = tensors
+    positive, strong, weak = one.shape, two.shape, three.shape
     return (
         len(positive) == 1
         and len(strong) == len(weak) == 2
         and strong[0] == weak[0] == positive[0]
         and strong[1] + weak[1] > 0
-        and (positive, strong, weak) == tuple(x.shape for x in tensors[3:])
+        and ref_positive.shape == positive
+        and ref_strong.shape == strong
+        and ref_weak.shape == weak
     )
 
 
@@ -127,6 +133,8 @@ def poft_loss(
     _check.tensor("aligned_mean_logps", aligned_mean_logps, shape=(rows, -1), device=device)
     if aligned_mean_logps.shape[1] == 0:
         _check.bad_value("aligned_mean_logps", "at least one model", tuple(aligned_mean_logps.shape))
-    dtype = _inputs.score_dtype(logps)
-    tensors = [x if x.dtype is dtype else x.to(dtype) for x in (logps, lengths, aligned_mean_logps)]
-    return _fused.loss("poft_loss", *tensors, beta=beta, gamma=gamma, reduction=reduction)
+    tensors: Any = (logps, lengths, aligned_mean_logps)
+    if not _inputs.alike(tensors):
+        dtype = _inputs.score_dtype(logps)
+        tensors = [x.to(dtype) for x in tensors]
+    return _fused.loss("poft_loss", tensors, {"beta": beta, "gamma": gamma, "reduction": reduction})

@@ -74,17 +74,14 @@ def dqo_loss(
     with torch.no_grad():
         gains = dpp_gains(rows, offsets=offsets)
     diversity = gains.gains - gains.baselines if baseline == "loo" else gains.gains
-    return _fused.loss(
-        "group_loss",
-        policy,
-        reference,
-        fixed,
+    settings = {
         **AlphaBeta.of_kl(beta)._asdict(),
-        group_size=group_size,
-        offsets=offsets,
-        baseline="none" if baseline == "none" else "loo",
-        bonus=alpha * diversity.reshape(-1).to(policy.dtype),
-    )
+        "group_size": group_size,
+        "offsets": offsets,
+        "baseline": "none" if baseline == "none" else "loo",
+        "bonus": alpha * diversity.reshape(-1).to(policy.dtype),
+    }
+    return _fused.loss("group_loss", (policy, reference, fixed), settings)
 
 
 def _group_size(embeddings: Any, logps: torch.Tensor, group_size: Any, offsets: Any) -> Any:

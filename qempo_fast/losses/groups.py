@@ -26,33 +26,24 @@ def _group_loss(
     logps: Any, ref_logps: Any, rewards: Any, ab: AlphaBeta, group_size: Any, offsets: Any, baseline: Any
 ) -> torch.Tensor:
     _check.choice("baseline", baseline, _inputs.BASELINES)
-    *tensors, offsets = _grouped(logps, ref_logps, rewards, group_size, offsets, _values.least(baseline))
-    return _fused.loss(
-        "group_loss",
-        *tensors,
-        alpha=ab.alpha,
-        beta=ab.beta,
-        group_size=group_size,
-        offsets=offsets,
-        baseline=baseline,
-        bonus=None,
-    )
+    tensors, settings = _grouped(logps, ref_logps, rewards, ab, group_size, offsets, _values.least(baseline))
+    return _fused.loss("group_loss", tensors, {**settings, "baseline": baseline, "bonus": None})
 
 
 def _variance_loss(
     logps: Any, ref_logps: Any, rewards: Any, ab: AlphaBeta, group_size: Any, offsets: Any
 ) -> torch.Tensor:
-    *tensors, offsets = _grouped(logps, ref_logps, rewards, group_size, offsets, 2)
-    return _fused.loss("variance_loss", *tensors, alpha=ab.alpha, beta=ab.beta, group_size=group_size, offsets=offsets)
+    return _fused.loss("variance_loss", *_grouped(logps, ref_logps, rewards, ab, group_size, offsets, 2))
 
 
 def _grouped(
-    logps: Any, ref_logps: Any, rewards: Any, group_size: Any, offsets: Any, at_least: int
-) -> tuple[Any, Any, Any, Any]:
+    logps: Any, ref_logps: Any, rewards: Any, ab: AlphaBeta, group_size: Any, offsets: Any, at_least: int
+) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
     _inputs.given("rewards", rewards)
     policy, fixed, reference = _inputs.scores(_NAMES, (logps, rewards, ref_logps))
     offsets = _inputs.group_layout(policy.shape[0], group_size, offsets, policy.device, at_least=at_least)
-    return policy, reference, fixed, offsets
+    settings = {"alpha": ab.alpha, "beta": ab.beta, "group_size": group_size, "offsets": offsets}
+    return (policy, reference, fixed), settings
 
 
 def spl_loss(

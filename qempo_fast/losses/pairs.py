@@ -17,21 +17,20 @@ _NAMES = ("chosen", "rejected", "ref_chosen", "ref_rejected")
 
 
 def _pair_loss(
-    chosen: Any, rejected: Any, refs: tuple[Any, Any], ab: AlphaBeta, label_smoothing: Any, reduction: Any
+    scores: tuple[Any, Any, Any, Any], ab: AlphaBeta, label_smoothing: Any, reduction: Any, why: str = "beta"
 ) -> torch.Tensor:
+    """The family's loss of (chosen, rejected, ref_chosen, ref_rejected), the last two needed where why is above 0."""
+    chosen, rejected, ref_chosen, ref_rejected = scores
+    if ab.beta <= 0:
+        scores = chosen, rejected, None, None
+    elif ref_chosen is None or ref_rejected is None:
+        _inputs.needs_reference("ref_chosen", ref_chosen, ab.beta, why)
+        _inputs.needs_reference("ref_rejected", ref_rejected, ab.beta, why)
     _check.number("label_smoothing", label_smoothing, low=0.0, high=0.5, open_high=True)
     _check.choice("reduction", reduction, _inputs.REDUCTIONS)
     _inputs.given("rejected", rejected)
-    tensors = _inputs.scores(_NAMES, (chosen, rejected, *refs), policy=2)
-    return _fused.loss(
-        "pair_loss", *tensors, alpha=ab.alpha, beta=ab.beta, label_smoothing=label_smoothing, reduction=reduction
-    )
-
-
-def _with_references(ref_chosen: Any, ref_rejected: Any, beta: float, why: str = "beta") -> tuple[Any, Any]:
-    _inputs.needs_reference("ref_chosen", ref_chosen, beta, why)
-    _inputs.needs_reference("ref_rejected", ref_rejected, beta, why)
-    return (ref_chosen, ref_rejected) if beta > 0 else (None, None)
+    settings = {"alpha": ab.alpha, "beta": ab.beta, "label_smoothing": label_smoothing, "reduction": reduction}
+    return _fused.loss("pair_loss", _inputs.scores(_NAMES, scores, policy=2), settings)
 
 
 def dpo_loss(
@@ -66,8 +65,7 @@ def dpo_loss(
         TypeError, ValueError: a tensor of another type, shape or device; a hyperparameter out of range.
     """
     _check.positive("beta", beta)
-    refs = _with_references(ref_chosen, ref_rejected, beta)
-    return _pair_loss(chosen, rejected, refs, AlphaBeta.of_kl(beta), label_smoothing, reduction)
+    return _pair_loss((chosen, rejected, ref_chosen, ref_rejected), AlphaBeta.of_kl(beta), label_smoothing, reduction)
 
 
 def spl_pair_loss(
@@ -107,8 +105,7 @@ def spl_pair_loss(
     """
     _check.positive("alpha", alpha)
     _check.number("beta", beta, low=0.0)
-    refs = _with_references(ref_chosen, ref_rejected, beta)
-    return _pair_loss(chosen, rejected, refs, AlphaBeta(alpha, beta), label_smoothing, reduction)
+    return _pair_loss((chosen, rejected, ref_chosen, ref_rejected), AlphaBeta(alpha, beta), label_smoothing, reduction)
 
 
 def hdpo_loss(
@@ -146,8 +143,9 @@ def hdpo_loss(
     """
     _check.positive("alpha", alpha)
     _check.positive("beta", beta)
-    refs = _with_references(ref_chosen, ref_rejected, beta)
-    return _pair_loss(chosen, rejected, refs, AlphaBeta.of_hdpo(alpha, beta), label_smoothing, reduction)
+    return _pair_loss(
+        (chosen, rejected, ref_chosen, ref_rejected), AlphaBeta.of_hdpo(alpha, beta), label_smoothing, reduction
+    )
 
 
 def qempo_pair_loss(
@@ -179,7 +177,7 @@ def qempo_pair_loss(
         TypeError, ValueError: a tensor of another type, shape or device; a hyperparameter out of range.
     """
     _check.positive("lam", lam)
-    return _pair_loss(chosen, rejected, (None, None), AlphaBeta.of_qempo(lam), label_smoothing, reduction)
+    return _pair_loss((chosen, rejected, None, None), AlphaBeta.of_qempo(lam), label_smoothing, reduction)
 
 
 def qempo_kl_pair_loss(
@@ -219,5 +217,6 @@ def qempo_kl_pair_loss(
     """
     _check.positive("lam", lam)
     _check.number("mu", mu, low=0.0)
-    refs = _with_references(ref_chosen, ref_rejected, mu, "mu")
-    return _pair_loss(chosen, rejected, refs, AlphaBeta.of_qempo(lam, mu), label_smoothing, reduction)
+    return _pair_loss(
+        (chosen, rejected, ref_chosen, ref_rejected), AlphaBeta.of_qempo(lam, mu), label_smoothing, reduction, "mu"
+    )

@@ -52,4 +52,5 @@ def rspo_loss(
     policy, fixed = _inputs.scores(("logps", "rewards"), (logps, rewards))
     at_least = _values.least(baseline, k)
     offsets = _inputs.group_layout(policy.shape[0], group_size, offsets, policy.device, at_least=at_least)
-    return _fused.loss("rspo_loss", policy, fixed, k=k, group_size=group_size, offsets=offsets, baseline=baseline)
+    settings = {"k": k, "group_size": group_size, "offsets": offsets, "baseline": baseline}
+    return _fused.loss("rspo_loss", (policy, fixed), settings)

@@ -78,16 +78,12 @@ def grpo_loss(
     device = policy.device
     cu_seqlens = _inputs.offsets_like("cu_seqlens", cu_seqlens, device)
     _check.tensor("advantages", advantages, shape=(cu_seqlens.shape[0] - 1,), device=device)
-    return _fused.loss(
-        "token_loss",
-        policy,
-        old,
-        advantages.to(policy.dtype),
-        cu_seqlens,
-        ref_token_logps=None if reference is None else reference.detach().contiguous(),
-        kl=kl,
-        eps_low=eps_low,
-        eps_high=eps_high,
-        ratio=ratio,
-        normalize=normalize,
-    )
+    settings = {
+        "ref_token_logps": None if reference is None else reference.detach().contiguous(),
+        "kl": kl,
+        "eps_low": eps_low,
+        "eps_high": eps_high,
+        "ratio": ratio,
+        "normalize": normalize,
+    }
+    return _fused.loss("token_loss", (policy, old, advantages.to(policy.dtype), cu_seqlens), settings)
