@@ -148,7 +148,10 @@ def _launchers() -> dict[str, Call]:
     }
     if hasattr(tiles, "tile_fwd"):
         calls["rows"] = lambda: tiles.tile_fwd(z, None, None, targets, stats, lse, None, 0, 1.0, None)
-        calls["rows and columns"] = lambda: tiles.tile_fwd(z, None, None, targets, stats, lse, columns, 0, 1.0, None)
+        # Not of the first tile, which takes two passes; nothing runs here, so columns need not be wider.
+        calls["rows and columns"] = lambda: tiles.tile_fwd(
+            z, None, None, targets, stats, lse, columns, COLUMNS, 1.0, None
+        )
     else:
         calls["rows"] = lambda: tiles.rows_fwd(z, None, None, targets, stats, 0, 1.0, None)
 

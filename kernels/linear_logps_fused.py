@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _launch
 from ._common import Signature, on_device
-from ._launch import architecture, processors, row, tuned
+from ._launch import architecture, cdiv, processors, sizes_of, tuned
 from ._softmax import block_stats, capped, merge
-from .linear_logps_tiles import Stats, merge_splits
+from .linear_logps_merge import Stats, merge_splits, new_parts, store_part
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -65,9 +66,16 @@ LAUNCH = {
     "cuda:100": _CUDA,
     "hip:gfx942": _AMD,
 }
+_sizes = sizes_of(LAUNCH)
+# On Hopper Triton 3.6 makes 255 registers and no spill of a plain head, 960 bytes with entropy, bias and bounds; 3.9
+# spills 24 bytes of the plain one, 136 through descriptors.
+_PLAIN_ONLY = Block(128, 256, 64, 8, 4, 1)
 _CANDIDATES = Sizes(
     few=[Block(n, v, d, 4, 4, 2) for n, v, d in ((16, 64, 128), (32, 64, 64), (64, 64, 64), (64, 64, 128))],
-    many=[Block(n, v, 64, 8, s, 1) for n, v, s in ((128, 128, 3), (128, 128, 4), (64, 128, 3), (64, 256, 3))],
+    many=[
+        *(Block(n, v, 64, 8, s, 1) for n, v, s in ((128, 128, 3), (128, 128, 4), (64, 128, 3), (64, 256, 3))),
+        _PLAIN_ONLY,
+    ],
     capped=[Block(n, v, 64, 8, s, 1) for n, v, s in ((128, 64, 3), (128, 64, 4), (64, 128, 3))],
     float32=[Block(n, v, d, 8, 3, 2) for n, v, d in ((32, 64, 16), (64, 64, 16), (64, 64, 32))],
 )
@@ -88,8 +96,6 @@ def _tile(
     w_ptr,
     bias_ptr,
     floor_ptr,
-    sum_z_ptr,
-    sum_sq_ptr,
     columns_ptr,
     N,
     D,
@@ -97,10 +103,13 @@ def _tile(
     stride_xn,
     stride_wv,
     stride_wd,
+    ENTROPY: tl.constexpr,
+    SUM_SQ: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EVEN_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -120,9 +129,9 @@ def _tile(
         else:
             d = k + tl.arange(0, BLOCK_D)
             # Rows and columns past the end read the last one instead of being masked: their logits are dropped
-            # below. int64: V * D passes 2**31 at 256k x 16k.
+            # below. int64: V * D passes 2**31 at 256k x 16k, of a transposed weight d * stride_wd does.
             x_at = x_ptr + tl.minimum(n, N - 1)[:, None] * stride_xn + d[None, :]
-            w_at = w_ptr + tl.minimum(c, V - 1).to(tl.int64)[None, :] * stride_wv + d[:, None] * stride_wd
+            w_at = w_ptr + tl.minimum(c, V - 1).to(tl.int64)[None, :] * stride_wv + d.to(tl.int64)[:, None] * stride_wd
             if EVEN_D:
                 x = tl.load(x_at)
                 w = tl.load(w_at)
@@ -136,13 +145,15 @@ def _tile(
     # Rounded as the backward's GEMM rounds them: where p is near 1 its gradient is p - 1, and an lse of unrounded
     # logits under a rounded logit of 20 would make that 0.06 in bfloat16.
     raw = acc.to(kind).to(tl.float32)
-    z = capped(raw, bias, SCALE, SOFTCAP) * inv_t[:, None]
+    z = capped(raw, bias, SCALE, SOFTCAP, kind.primitive_bitwidth == 16, not SPECIALIZE) * inv_t[:, None]
     z = tl.where(inside[None, :], z, float("-inf"))
     hit = c[None, :] == target[:, None]
     here = (target >= tile * BLOCK_V) & (target < tile * BLOCK_V + BLOCK_V)
     target_z = tl.where(here, tl.sum(tl.where(hit, z, 0.0), 1), target_z)
-    b_peak, b_total, b_total_z, b_total_sq = block_stats(z, sum_z_ptr is not None, sum_sq_ptr is not None)
-    peak, total, total_z, total_sq = merge(peak, total, total_z, total_sq, b_peak, b_total, b_total_z, b_total_sq)
+    b_peak, b_total, b_total_z, b_total_sq = block_stats(z, ENTROPY, SUM_SQ, not SPECIALIZE)
+    peak, total, total_z, total_sq = merge(
+        peak, total, total_z, total_sq, b_peak, b_total, b_total_z, b_total_sq, not SPECIALIZE
+    )
     if columns_ptr is not None:
         # Log-sum-exp of this range so far, at most the row's own: a looser bound keeps more and biases nothing.
         bound = tl.maximum(peak + tl.log(total), tl.load(floor_ptr + n, mask=live, other=0.0))
@@ -159,11 +170,7 @@ def _linear_logps_fused_kernel(
     inv_t_ptr,
     target_ptr,
     floor_ptr,
-    max_ptr,
-    sum_ptr,
-    sum_z_ptr,
-    sum_sq_ptr,
-    target_z_ptr,
+    parts_ptr,
     columns_ptr,
     N,
     D,
@@ -172,6 +179,8 @@ def _linear_logps_fused_kernel(
     stride_wv,
     stride_wd,
     split_tiles,
+    ENTROPY: tl.constexpr,
+    SUM_SQ: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -202,26 +211,17 @@ def _linear_logps_fused_kernel(
         for tile in tl.range(first, end, warp_specialize=True):
             peak, total, total_z, total_sq, target_z = _tile(
                 tile, n, inv_t, target, peak, total, total_z, total_sq, target_z,
-                x_ptr, w_ptr, bias_ptr, floor_ptr, sum_z_ptr, sum_sq_ptr, columns_ptr,
-                N, D, V, stride_xn, stride_wv, stride_wd,
-                SCALE, SOFTCAP, EVEN_D, DESCRIPTORS, BLOCK_N, BLOCK_V, BLOCK_D,
+                x_ptr, w_ptr, bias_ptr, floor_ptr, columns_ptr, N, D, V, stride_xn, stride_wv, stride_wd,
+                ENTROPY, SUM_SQ, SCALE, SOFTCAP, EVEN_D, DESCRIPTORS, SPECIALIZE, BLOCK_N, BLOCK_V, BLOCK_D,
             )  # fmt: skip
     else:
         for tile in range(first, end):
             peak, total, total_z, total_sq, target_z = _tile(
                 tile, n, inv_t, target, peak, total, total_z, total_sq, target_z,
-                x_ptr, w_ptr, bias_ptr, floor_ptr, sum_z_ptr, sum_sq_ptr, columns_ptr,
-                N, D, V, stride_xn, stride_wv, stride_wd,
-                SCALE, SOFTCAP, EVEN_D, DESCRIPTORS, BLOCK_N, BLOCK_V, BLOCK_D,
+                x_ptr, w_ptr, bias_ptr, floor_ptr, columns_ptr, N, D, V, stride_xn, stride_wv, stride_wd,
+                ENTROPY, SUM_SQ, SCALE, SOFTCAP, EVEN_D, DESCRIPTORS, SPECIALIZE, BLOCK_N, BLOCK_V, BLOCK_D,
             )  # fmt: skip
-    at = split.to(tl.int64) * N + n
-    tl.store(max_ptr + at, peak, mask=live)
-    tl.store(sum_ptr + at, total, mask=live)
-    if sum_z_ptr is not None:
-        tl.store(sum_z_ptr + at, total_z, mask=live)
-    if sum_sq_ptr is not None:
-        tl.store(sum_sq_ptr + at, total_sq, mask=live)
-    tl.store(target_z_ptr + at, target_z, mask=live)
+    store_part(parts_ptr, n, live, N, split, peak, total, total_z, total_sq, target_z, ENTROPY, SUM_SQ)
 
 
 def _suit_copy_engine(x: torch.Tensor, w: torch.Tensor) -> bool:
@@ -250,12 +250,16 @@ def _specializes(x: torch.Tensor, w: torch.Tensor, block: Block) -> bool:
     return _SPECIALIZES and (hopper or arch.startswith("cuda:10")) and _suit_copy_engine(x, w)
 
 
-def _candidates(size: str, x: torch.Tensor, w: torch.Tensor) -> list[Block]:
-    """The blocks to time, each once more with warps of its own for loads where that can be."""
-    plain: list[Block] = getattr(_CANDIDATES, size)
-    able = [b for b in plain if _specializes(x, w, b)]
+def _candidates(size: str, x: torch.Tensor, w: torch.Tensor, plain: bool) -> list[Block]:
+    """The blocks to time, each once more with warps of its own for loads where that can be.
+
+    plain: no bias, no bounds and no optional sums.
+    """
+    all_: list[Block] = getattr(_CANDIDATES, size)
+    blocks = [b for b in all_ if plain or b != _PLAIN_ONLY]
+    able = [b for b in blocks if _specializes(x, w, b)]
     # Triton gives such a program all registers of a processor.
-    return plain + [b._replace(specialize=True, programs=1) for b in able]
+    return blocks + [b._replace(specialize=True, programs=1) for b in able]
 
 
 def fused_fwd(
@@ -286,48 +290,58 @@ def fused_fwd(
     vocabulary = w.shape[0]
 
     def run(block: Block, out: Stats, bounds: torch.Tensor | None) -> None:
-        blocks, tiles = triton.cdiv(n, block.n), triton.cdiv(vocabulary, block.v)
+        blocks, tiles = cdiv(n, block.n), cdiv(vocabulary, block.v)
         splits = max(1, min(tiles, block.programs * processors(x.device) // blocks))
-        per_split = triton.cdiv(tiles, splits)
-        splits = triton.cdiv(tiles, per_split)
-        parts = [None if s is None else s.new_empty(splits, n) for s in out]
-        best = None if bounds is None else bounds.new_empty(blocks, vocabulary)
+        per_split = cdiv(tiles, splits)
+        splits = cdiv(tiles, per_split)
+        parts = new_parts(out, n, splits)
+        best = bounds if bounds is None or blocks == 1 else bounds.new_empty((blocks, vocabulary))
         descriptors = _descriptors(x, w, block)
         _linear_logps_fused_kernel[(blocks, splits)](
             *(descriptors or (x, w)),
-            *(bias, inv_t, targets, floor, *parts, best, n, depth, vocabulary),
-            *(x.stride(0), w.stride(0), w.stride(1), per_split, scale, softcap),
-            EVEN_D=depth % block.d == 0,
-            DESCRIPTORS=descriptors is not None,
-            SPECIALIZE=block.specialize and _specializes(x, w, block),
-            BLOCK_N=block.n,
-            BLOCK_V=block.v,
-            BLOCK_D=block.d,
+            *(bias, inv_t, targets, floor, parts, best, n, depth, vocabulary),
+            *(x.stride(0), w.stride(0), w.stride(1), per_split, out[2] is not None, out[3] is not None),
+            *(scale, softcap, depth % block.d == 0, descriptors is not None),
+            *(block.specialize and _specializes(x, w, block), block.n, block.v, block.d),
             num_warps=block.warps,
             num_stages=block.stages,
         )
         merge_splits(parts, out)
-        if bounds is not None and best is not None:
+        if bounds is None or best is None:
+            return
+        if best is not bounds:
             torch.amax(best, 0, out=bounds[0])
+        if len(bounds) > 1:
             bounds[1:].fill_(-torch.inf)
 
     half = "few" if n <= FEW else "capped" if softcap is not None else "many"
     size = "float32" if x.dtype == torch.float32 else half
-    shape = f"{n} x {depth} x {vocabulary} {str(x.dtype).removeprefix('torch.')}"
-    default = getattr(row(LAUNCH, architecture(x.device)), size)
+    block: Block = getattr(_sizes(x.device), size)
     with on_device(x):
-        block = tuned(
-            *(f"linear_logps fused {size}", shape, x.device, default, _candidates(size, x, w)),
-            lambda b: run(b, [None if s is None else s.clone() for s in stats], columns),
-        )
+        if _launch.AUTOTUNE:
+            shape = f"{n} x {depth} x {vocabulary} {str(x.dtype).removeprefix('torch.')}"
+            plain = not any(t is not None for t in (bias, columns, stats[2], stats[3]))
+            block = tuned(
+                *(f"linear_logps fused {size}", shape, x.device, block),
+                _candidates(size, x, w, plain),
+                lambda b: run(b, [None if s is None else s.clone() for s in stats], columns),
+            )
         run(block, stats, columns)
 
 
 def _signature(
-    arch: str, size: str, dtype: str, full: bool, even: bool, descriptors: bool = False, specialize: bool = False
+    arch: str,
+    size: str,
+    dtype: str,
+    full: bool,
+    even: bool,
+    descriptors: bool = False,
+    specialize: bool = False,
+    candidate: Block | None = None,
 ) -> Signature:
-    block: Block = getattr(LAUNCH[arch], size)
-    optional = ["bias_ptr", "inv_t_ptr", "sum_z_ptr", "sum_sq_ptr", "columns_ptr", "floor_ptr"]
+    """The committed block of an architecture, or a candidate that no row has."""
+    block: Block = candidate or getattr(LAUNCH[arch], size)
+    optional = ["bias_ptr", "inv_t_ptr", "columns_ptr", "floor_ptr"]
 
     def pointers(names: Sequence[str]) -> dict[str, str]:
         return dict.fromkeys(names, "*fp32")
@@ -339,17 +353,23 @@ def _signature(
         _linear_logps_fused_kernel,
         {"x_ptr": matrix(block.n), "w_ptr": matrix(block.v), "target_ptr": "*i64", "N": "i32", "D": "i32", "V": "i32"}
         | {"stride_xn": "i32", "stride_wv": "i32", "split_tiles": "i32"}
-        | pointers(["max_ptr", "sum_ptr", "target_z_ptr", *(optional if full else [])]),
-        {"stride_wd": 1, "SCALE": 0.5 if full else 1.0, "SOFTCAP": 30.0 if full else None}
+        | pointers(["parts_ptr", *(optional if full else [])]),
+        {
+            "stride_wd": 1,
+            "ENTROPY": full,
+            "SUM_SQ": full,
+            "SCALE": 0.5 if full else 1.0,
+            "SOFTCAP": 30.0 if full else None,
+        }
         | ({} if full else dict.fromkeys(optional, None))
         | {"EVEN_D": even, "DESCRIPTORS": descriptors, "SPECIALIZE": specialize}
         | {"BLOCK_N": block.n, "BLOCK_V": block.v, "BLOCK_D": block.d},
-        hot=True,
+        hot=candidate is None,
         num_warps=block.warps,
         num_stages=block.stages,
         aligned=("D", "V", "stride_xn", "stride_wv"),
         # "cuda:90", or "cuda:10" for cuda:103 too.
-        targets=(arch[:7],) if specialize else ("cuda:9", "cuda:1") if descriptors else ("cuda", "hip"),
+        targets=(arch[:7],) if specialize else ("cuda:9", "cuda:1") if descriptors or candidate else ("cuda", "hip"),
     )
 
 
@@ -359,6 +379,7 @@ COMPILE = [
     _signature("cuda:90", "many", "*bf16", False, True),
     _signature("cuda:90", "capped", "*bf16", True, False),
     _signature("cuda:90", "float32", "*fp32", True, False),
+    _signature("cuda:90", "many", "*bf16", False, True, candidate=_PLAIN_ONLY),
 ]
 if TensorDescriptor is not None:
     COMPILE += [

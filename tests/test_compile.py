@@ -37,20 +37,24 @@ def results(function: Callable[..., torch.Tensor], args: Tensors) -> list[torch.
     return [out.detach(), *(g for g in grads if g is not None)]
 
 
-def assert_compiles(function: Callable[..., torch.Tensor], args: Tensors, backend: str) -> None:
-    eager = results(function, args)
-    compiled = results(torch.compile(function, fullgraph=True, backend=backend), args)
-    assert len(eager) == len(compiled) > 1
-    for number, (mine, truth) in enumerate(zip(compiled, eager, strict=True)):
-        assert mine.dtype == truth.dtype
+def assert_same(mine: list[torch.Tensor], eager: list[torch.Tensor], bitwise: bool) -> None:
+    assert len(eager) == len(mine) > 1
+    for number, (value, truth) in enumerate(zip(mine, eager, strict=True)):
+        assert value.dtype == truth.dtype
+        assert value.device == truth.device
         assert truth.isfinite().all()
-        if backend == "aot_eager":
+        if bitwise:
             # The same kernels on the same numbers.
-            assert torch.equal(mine, truth), number
+            assert torch.equal(value, truth), number
         else:
             # Inductor sums in another order and keeps half precision in float32 between its own steps.
             eps = torch.finfo(truth.dtype).eps
-            torch.testing.assert_close(mine, truth, rtol=16 * eps, atol=16 * eps * float(truth.abs().max()))
+            torch.testing.assert_close(value, truth, rtol=16 * eps, atol=16 * eps * float(truth.abs().max()))
+
+
+def assert_compiles(function: Callable[..., torch.Tensor], args: Tensors, backend: str) -> None:
+    compiled = results(torch.compile(function, fullgraph=True, backend=backend), args)
+    assert_same(compiled, results(function, args), backend == "aot_eager")
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -73,7 +77,7 @@ def diversity(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
 def scored(out: Any) -> torch.Tensor:
     """A scalar in which every row's log-prob and entropy has its own weight."""
     # arange: linspace makes a constant of its length, and a graph for each.
-    total = (out.logps * (torch.arange(out.logps.shape[0]) % 7 - 3)).sum()
+    total = (out.logps * (torch.arange(out.logps.shape[0], device=out.logps.device) % 7 - 3)).sum()
     return total if out.entropy is None else total + out.entropy.square().sum()
 
 
@@ -168,7 +172,7 @@ LOSSES: dict[str, tuple[Callable[..., torch.Tensor], Tensors]] = {
         (*SCORES[:2], draw(12, 6), torch.tensor([0, 5, 12])),
     ),
     "dpo": (lambda p, f, r: qf.dpo_loss(p, f, r, f * 2), SCORES),
-    "poft": (lambda p, a: qf.poft_loss(p, torch.full((12,), 7), a), (SCORES[0], draw(12, 3))),
+    "poft": (lambda p, a: qf.poft_loss(p, torch.full((12,), 7, device=p.device), a), (SCORES[0], draw(12, 3))),
     "grpo": (
         lambda p, o, a, cu: qf.grpo_loss(p, o, a, cu, ref_token_logps=o * 0.5, kl=0.1, ratio="sequence"),
         (*SCORES[:2], draw(2), torch.tensor([0, 5, 12])),

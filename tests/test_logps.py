@@ -248,7 +248,7 @@ def test_only_the_gradients_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_frozen_head_costs_no_weight_gradient() -> None:
-    from qempo_fast.logps import backward, chunked
+    from qempo_fast.logps import backward, chunked, gemm
 
     shapes = []
     original = chunked.linear
@@ -259,7 +259,7 @@ def test_a_frozen_head_costs_no_weight_gradient() -> None:
 
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (chunked, backward):
+        for module in (chunked, backward, gemm):
             patch.setattr(module, "linear", spy)
         qf.linear_logps(hidden, weight, torch.arange(5)).logps.sum().backward()
     # logits forward, logits again, dHidden; no (V, D) product

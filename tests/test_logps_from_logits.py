@@ -20,7 +20,7 @@ SIZES = [(3, 67), (1, 5), (40, 1031), (2, 1)]
 def run(function: Any, logits: torch.Tensor, targets: torch.Tensor, **keywords: Any) -> dict[str, torch.Tensor]:
     leaf = logits.clone().requires_grad_()
     out = function(leaf, targets, entropy=True, **keywords)
-    grads = torch.linspace(-1, 2, targets.numel(), dtype=torch.float64).reshape(targets.shape)
+    grads = torch.linspace(-1, 2, targets.numel(), dtype=torch.float64, device=targets.device).reshape(targets.shape)
     ((out.logps.double() * grads).sum() + (out.entropy.double() * grads.flip(0)).sum()).backward()
     assert leaf.grad is not None
     return {"logps": out.logps.detach(), "entropy": out.entropy.detach(), "dlogits": leaf.grad}

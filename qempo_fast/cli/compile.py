@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +67,7 @@ def gpu_target(name: str) -> Any:
     return fail(f"--target: wanted cuda:<capability> such as cuda:90, or hip:<arch> such as hip:gfx942, got {name!r}")
 
 
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+def cubin_usage(cubin: bytes) -> tuple[int, int]:
     """Registers and spilled bytes by cuobjdump, which comes inside triton's package."""
     import triton
 
@@ -87,8 +91,8 @@ def _hsaco_usage(assembly: str) -> tuple[int, int]:
     return fields["vgpr_count"], max(spilled, fields["private_segment_fixed_size"])
 
 
-def compile_one(signature: Any, target: str) -> Usage:
-    """Compile one signature for one target; raises what Triton raises."""
+def build(signature: Any, target: str) -> Any:
+    """Triton's compiled kernel of one signature for one target; raises what Triton raises."""
     import triton
     from triton.compiler import ASTSource
 
@@ -99,19 +103,24 @@ def compile_one(signature: Any, target: str) -> Usage:
         for i, n in enumerate(kernel.arg_names)
         if types[n].startswith("*") or n in signature.aligned
     }
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, types, dict(signature.constexprs), aligned),
         target=gpu_target(target),
         options={"num_warps": signature.num_warps, "num_stages": signature.num_stages},
     )
+
+
+def compile_one(signature: Any, target: str) -> Usage:
+    """Compile one signature for one target; raises what Triton raises."""
+    compiled = build(signature, target)
     if target.startswith("cuda"):
-        registers, spilled = _cubin_usage(compiled.asm["cubin"])
+        registers, spilled = cubin_usage(compiled.asm["cubin"])
     else:
         registers, spilled = _hsaco_usage(compiled.asm["amdgcn"])
     return Usage(registers, spilled, compiled.metadata.shared)
 
 
-def _label(signature: Any) -> str:
+def label(signature: Any) -> str:
     """What tells this form from the kernel's others: pointer types, and constexprs that are on."""
     pointers = [v for v in signature.types.values() if v.startswith("*")]
     return " ".join([*pointers, *(f"{n}={v}" for n, v in signature.constexprs.items() if v not in (None, False))])
@@ -138,6 +147,24 @@ def _attempt(signature: Any, target: str) -> tuple[str, str | None]:
     reason = _verdict(signature, target, usage)
     cell = f"{usage.registers} / {usage.spilled} / {usage.shared}"
     return (cell if reason is None else f"[red]{cell}[/red]"), reason
+
+
+# What a process of _cells compiles from: a kernel does not pickle, so they inherit it.
+_chosen: list[Any] = []
+
+
+def _cell(task: tuple[int, str]) -> tuple[str, str | None]:
+    return _attempt(_chosen[task[0]], task[1])
+
+
+def _cells(chosen: Sequence[Any], targets: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """_attempt of every signature for every target, in order, one process a core: a kernel takes half a second."""
+    _chosen[:] = chosen
+    tasks = list(itertools.product(range(len(chosen)), targets))
+    pool = ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(tasks)), multiprocessing.get_context("fork"))
+    found = pool.map(_cell, tasks)
+    pool.shutdown(wait=False)
+    return found
 
 
 def _uncovered(chosen: Sequence[Any], targets: Sequence[str]) -> list[tuple[str, str]]:
@@ -169,14 +196,15 @@ def run(targets: Sequence[str], only: str, console: Console) -> int:
     for target in targets:
         table.add_column(target, no_wrap=True)
     failures = [f"{name}: no signature for {target}" for name, target in _uncovered(chosen, targets)]
+    # Before the bar, which has a thread: processes fork here.
+    found = _cells(chosen, targets)
     for signature in track(chosen, "compiling", console=console, transient=True):
-        name = f"{signature.kernel.__name__}\n{_label(signature)}"
+        name = f"{signature.kernel.__name__}\n{label(signature)}"
         cells = []
-        for target in targets:
-            cell, reason = _attempt(signature, target)
+        for target, (cell, reason) in zip(targets, found, strict=False):
             cells.append(cell)
             if reason is not None:
-                failures.append(f"{signature.kernel.__name__} ({_label(signature)}) for {target}: {reason}")
+                failures.append(f"{signature.kernel.__name__} ({label(signature)}) for {target}: {reason}")
         table.add_row(name, *cells)
     console.print(table)
     for failure in failures:

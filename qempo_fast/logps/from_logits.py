@@ -45,20 +45,17 @@ def backward(
 ) -> torch.Tensor:
     """Gradient of rows = (z, targets, counted, lse, entropy)."""
     z, targets, counted, lse, h = rows
-    zero = lse.new_zeros(())
+    if not len(z):
+        return torch.zeros_like(z, memory_format=torch.contiguous_format)
 
-    def of_counted(g: _Optional) -> _Optional:
-        return None if g is None else torch.where(counted, g.to(lse.dtype), zero).contiguous()
+    def wide(g: _Optional) -> _Optional:
+        return None if g is None else g.to(lse.dtype).contiguous()
 
-    g, gh = of_counted(grad), of_counted(grad_entropy)
+    g, gh = wide(grad), wide(grad_entropy)
     g = torch.zeros_like(lse) if g is None else g
-    out = z.clone(memory_format=torch.contiguous_format)
-    if len(out):
-        options = _PLAIN if h is None else _WITH_ENTROPY
-        tiles.backward(out, None, inv_temperature, lse, g, gh, None if gh is None else h, None, targets, None, options)
-        # An ignored row may hold anything, NaN too, and 0 * NaN is NaN.
-        out[~counted] = 0
-    return out
+    options = _PLAIN if h is None else _WITH_ENTROPY
+    entropy = None if gh is None else h
+    return tiles.logits_gradient(z, targets, counted, inv_temperature, lse, g, gh, entropy, options)
 
 
 class LogpsFromLogits(torch.autograd.Function):

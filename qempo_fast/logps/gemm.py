@@ -1,4 +1,4 @@
-"""a @ w.T by the faster of torch's own GEMMs."""
+"""GEMMs by the faster of torch's own, and those whose sum is kept in float32."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import functools
 import torch
 
 from .. import _C
+
+_HALF = (torch.float16, torch.bfloat16)
+# mm and addmm of half precision into float32 came with torch 2.8, for CUDA only. An early addmm refused a float32 sum
+# ("self and mat2 must have the same dtype"); torch 2.11 is the oldest seen without that check.
+_WIDENS = "dtype_out" in torch.ops.aten.addmm.overloads() and torch.version.hip is None
+_ADDS = _WIDENS and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
 @functools.cache
@@ -23,8 +29,28 @@ def _onednn_float32() -> bool:
     )
 
 
+def widens(a: torch.Tensor) -> bool:
+    """Whether a half-precision GEMM of a can write float32, or add to it, without rounding on the way."""
+    return _WIDENS and a.is_cuda and a.dtype in _HALF
+
+
 def linear(a: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """(n, d) by (c, d) to (n, c); out is a hint that a GEMM without an out-variant leaves unused."""
     if a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and w.numel() and _onednn_float32():
         return torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
     return torch.mm(a, w.t(), out=out) if out is not None else torch.mm(a, w.t())
+
+
+def product(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """a @ w.T to be summed: in float32 where the GEMM can, else in a's dtype."""
+    return torch.mm(a, w.t(), out_dtype=torch.float32) if widens(a) else linear(a, w)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """total += a @ w.T, total at least as wide as a; inside the GEMM on a GPU, where that saves a pass and a buffer."""
+    if widens(a) and total.dtype == torch.float32:
+        # torch 2.11 cannot trace this form, and no op lets it be traced.
+        return torch.addmm(total, a, w.t(), out_dtype=torch.float32, out=total) if _ADDS else total.add_(product(a, w))
+    if a.is_cuda and a.dtype == total.dtype:
+        return total.addmm_(a, w.t())
+    return total.add_(linear(a, w))

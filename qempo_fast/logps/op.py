@@ -19,7 +19,7 @@ _Optional = torch.Tensor | None
 
 
 def outside(targets: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    return counted & ((targets < 0) | (targets >= vocabulary))
+    return counted & (targets.clamp(0, vocabulary - 1) != targets)
 
 
 def check_values(targets: torch.Tensor, vocabulary: int, inv_temperature: _Optional, ignore_index: int) -> None:
@@ -66,7 +66,11 @@ def chunk_rows(device: torch.device, backend: str) -> int:
 chunk_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@torch.library.custom_op("qempo_fast::linear_logps_fwd", mutates_args=())
+# Both read sizes from the device: a captured graph would keep those of its first run, and capturing fails.
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("qempo_fast::linear_logps_fwd", mutates_args=(), tags=_UNSAFE)
 def linear_logps_fwd(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -125,7 +129,7 @@ def _(
     return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
 
 
-@torch.library.custom_op("qempo_fast::linear_logps_bwd", mutates_args=())
+@torch.library.custom_op("qempo_fast::linear_logps_bwd", mutates_args=(), tags=_UNSAFE)
 def linear_logps_bwd(
     grad: torch.Tensor,
     grad_entropy: torch.Tensor | None,
@@ -147,13 +151,16 @@ def linear_logps_bwd(
     live = function.live_rows(targets != ignore_index)
     head = function.head_of(hidden, weight, bias, targets, inv_temperature, live)
     options = Options(logit_scale, softcap, grad_entropy is not None, False, tau, 0, None)
+    tiles = _backends.kernel("linear_logps", hidden.device, backend)()
+    # scales has a row for each chunk that there would be were every row counted.
+    chunks = 0 if tau is None else -(-len(head.targets) // tiles.sizes(True).chunk)
     three = function.backward(
-        _backends.kernel("linear_logps", hidden.device, backend)(),
+        tiles,
         head,
         function.pick(lse, live),
         None if grad_entropy is None else function.pick(entropy, live),
         live,
-        [] if tau is None else _kept(scales),
+        _kept(scales[:chunks]) if chunks else [],
         options,
         (grad, grad_entropy),
         (needs[0], needs[1], needs[2]),

@@ -29,7 +29,7 @@ class TorchPass(TilePass):
 
     name = "reference"
 
-    def sizes(self, sampled: bool) -> TileSizes:
+    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None) -> TileSizes:
         return TileSizes(512, 8192) if sampled else TileSizes(2048, 16384)
 
     def new_columns(self, vocabulary: int, like: RowStats) -> torch.Tensor:
@@ -82,6 +82,8 @@ class TorchPass(TilePass):
         row_sum: torch.Tensor | None,
         options: Options,
     ) -> None:
+        if inverse is not None:
+            z = z[:, : len(inverse)]  # what is behind has a gradient of 0 already
         x = _finish(z, bias, inv_temperature, options)
         lp = x - lse.unsqueeze(-1)
         p = lp.exp()
@@ -114,15 +116,15 @@ class TorchPass(TilePass):
         tau: float,
         mean_entropy: torch.Tensor | None,
         seed: int,
-        chunk: int,
+        rows: range,
         first_column: int,
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
         u = columns.exp()
         if mean_entropy is not None:
             u = u.clamp(max=1.0)
             u = u * (1 - torch.log(u.clamp_min(1e-300 if u.dtype == torch.float64 else 1e-38)) + mean_entropy)
-        q = torch.where(forced.bool() | ~(u < tau), 1.0, u / tau)
-        generator = torch.Generator(columns.device).manual_seed(hash((seed, chunk, first_column)) % 2**63)
+        q = torch.where(forced[0].bool() | ~(u < tau), 1.0, u / tau)
+        generator = torch.Generator(columns.device).manual_seed(hash((seed, rows.start, first_column)) % 2**63)
         uniform = torch.rand(q.shape, generator=generator, device=q.device, dtype=torch.float64)
         kept = ((q >= 1) | (uniform < q)).nonzero().squeeze(1)
         return kept, q[kept].reciprocal(), float(q.sum())

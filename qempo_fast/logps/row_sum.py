@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .gemm import add_product, product
 from .options import accumulator
 
 
@@ -37,12 +38,12 @@ class RowSum:
         self.place[self.rows] = torch.arange(len(self.rows), device=self.out.device)
         self.sum = self.out.new_zeros(len(self.rows), self.out.shape[1], dtype=torch.float32)
 
-    def add(self, at: slice | torch.Tensor, rows: torch.Tensor) -> None:
-        """Rows past len(at) are padding."""
+    def add(self, at: slice | torch.Tensor, a: torch.Tensor, w: torch.Tensor) -> None:
+        """a @ w.T to the rows at; what it has past len(at) is padding."""
         if isinstance(at, slice):
-            self.sum[at] += rows
+            add_product(self.sum[at], a, w)
         else:
-            self._add(at, rows[: len(at)])
+            self._add(at, product(a, w)[: len(at)])
 
     def _add(self, at: torch.Tensor, rows: torch.Tensor) -> None:
         self.sum.index_add_(0, at if self.place is None else self.place[at], rows.to(self.sum.dtype))
