@@ -15,9 +15,17 @@ SOURCES := $(shell find csrc -type f) pyproject.toml setup.py CMakeLists.txt $(C
 # One thread each: two workers that both start a thread per core slow each other on two cores.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
+# The Triton of torch 2.11, whose compiler is another than .venv's.
+OTHER_TRITON := $(VENV)/triton-3.6.0
+# What of the tests runs on a GPU, here on a stand-in: "launch" launches kernels and runs none, "1" also compiles them,
+# for five minutes, "device" runs them in Triton's interpreter on tensors that only say that they are on a GPU.
+GPU_FILES := $(foreach f,add_rows dpp_cuda dpp_triton gpu_smoke kernels logps_triton logps_waits losses_triton,\
+	tests/test_$(f).py)
+GPU_TESTS = segment_sum or triton or waits or add_rows or smoke or $(if $(filter device,$(STANDIN)),emulated,gpu)
+STANDIN ?= launch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-integrations lint format bench compile clean
+.PHONY: help setup demo test test-integrations lint format bench compile standin gpu-kit clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,8 +77,26 @@ format: setup ## rewrite the sources as lint wants them
 bench: setup ## time the ops against their peers, into bench/results/<device>-<date>.json
 	HF_HUB_OFFLINE=1 $(BIN)/qempo-fast bench --json bench/results $(ARGS)
 
-compile: setup ## compile every Triton kernel for GPUs that need not be here
+compile: setup $(OTHER_TRITON)/.qempo-setup ## compile every Triton kernel for GPUs that need not be here
 	$(BIN)/qempo-fast compile $(ARGS)
+	PYTHONPATH=$(OTHER_TRITON) $(BIN)/qempo-fast compile --target cuda:90 $(ARGS)
+
+$(OTHER_TRITON)/.qempo-setup: | $(STAMP)
+	rm -rf $(OTHER_TRITON)
+	$(PIP) install --quiet --no-deps --target $(OTHER_TRITON) $(subst triton-,triton==,$(notdir $(OTHER_TRITON)))
+	touch $@
+
+standin: setup ## the tests for a GPU where there is none: STANDIN=launch, 1 or device
+	QEMPO_STANDIN=$(STANDIN) $(TEST_ENV) $(BIN)/pytest -q -n $(if $(filter launch,$(STANDIN)),0,$(WORKERS)) \
+		$(GPU_FILES) -k "($(GPU_TESTS)) and not no_gpu" $(ARGS)
+
+# Two pythons: this file's for the script, KIT_PYTHON's environment for what it builds. Minutes, most of them Triton's.
+KIT_PYTHON ?= python3.12
+KIT_VENV ?=
+PEER ?=
+gpu-kit: ## build .gpu/, what travels to a machine with a GPU (PEER=liger brings Liger's native head too)
+	$(PYTHON) -P bench/gpu_kit.py build --python $(KIT_PYTHON) $(if $(KIT_VENV),--venv $(KIT_VENV)) \
+		$(if $(PEER),--peer $(PEER)) $(ARGS)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import qempo_fast as qf
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import gpu_lines
 
 # Relative Frobenius error. Rounding of float32 inputs stays under 1e-5, of bfloat16 ones near 5e-3 (a gain near its
 # lower bound loses a digit more); a wrong index or a missing barrier is of order 1.
@@ -198,25 +204,61 @@ def _cpu(x: object) -> object:
 OPS = {"dpp": dpp, "logps": logps, "losses": losses}
 
 
+def attempt(name: str, run: Callable[[], float]) -> tuple[float | None, str | None]:
+    """(relative error, None), or (None, what it raised)."""
+    try:
+        wrong = run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception as error:
+        return None, gpu_lines.reason(error)
+    limit = LIMITS[torch.bfloat16 if "bfloat16" in name else torch.float32]
+    return wrong, None if wrong <= limit else f"relative error {wrong:.2e}, wanted at most {limit:.0e}"
+
+
+def broken() -> bool:
+    """Whether an illegal access has cost this process its GPU: the checks to come need another."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="*", choices=list(OPS), default=list(OPS))
     parser.add_argument("--backend", default="triton", choices=["cuda", "triton", "cpu"])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="a part of the names of the checks to run")
+    parser.add_argument("--skip", type=int, default=0, help="the first so many of them are done")
     args = parser.parse_args()
+    gpu_lines.die_with_parent()
     os.environ["QEMPO_BACKEND"] = args.backend
+    # As lines of a run's results too, where gpu_run.sh asks for them; under a sanitizer its name is told.
+    lines = gpu_lines.Lines(os.environ["GPU_RESULTS"]) if "GPU_RESULTS" in os.environ else None
+    under = os.environ.get("GPU_SANITIZER")
     device, failed, count = torch.device(args.device), 0, 0
     for op in args.op:
         for name, run in OPS[op](device, args.backend):
-            wrong = run()
-            limit = LIMITS[torch.bfloat16 if "bfloat16" in name else torch.float32]
-            ok = wrong <= limit
-            failed, count = failed + (not ok), count + 1
-            print(f"{'ok  ' if ok else 'FAIL'} {op}: {name}: relative error {wrong:.2e}", flush=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+            if args.only not in name:
+                continue
+            count += 1
+            if count <= args.skip:
+                continue
+            wrong, why = attempt(name, run)
+            failed += why is not None
+            print(f"{'FAIL' if why else 'ok  '} {op}: {name}: {why or f'relative error {wrong:.2e}'}", flush=True)
+            if lines is not None:
+                columns = {"op": op, "backend": args.backend, "check": name, "under": under}
+                lines.write("kernel", **columns, ok=why is None, error=wrong, reason=why, quiet=True)
+            if why and under is None and broken():
+                again = [w for i, w in enumerate(sys.argv) if "--skip" not in (w, sys.argv[i - 1])]
+                os.execv(sys.executable, [sys.executable, "-P", *again, "--skip", str(count)])
     print(f"{count - failed} passed, {failed} failed")
-    raise SystemExit(1 if failed else 0)
+    raise SystemExit(1 if failed or not count else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hidden states, heads and targets that log-probs are measured on: SmolLM2-135M's own, and synthetic ones.
+"""Hidden states, heads and targets that log-probs are measured on: SmolLM2-135M's own, and made ones.
 
 python -P bench/heads.py            makes all real ones, which the user's cache folder then keeps (a minute)
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,47 @@ def synthetic(n: int, d: int, v: int, device: str = "cpu") -> Head:
         torch.multinomial(torch.softmax(h @ weight.T, 1), 1, generator=generator)[:, 0] for h in hidden.split(64)
     ]
     return hidden, weight, torch.cat(targets)
+
+
+# Of text_like, fitted to what SmolLM2 keeps of English text (docs/gpu.md). In nats: how far the rarest column lies
+# below the commonest; the sd of what differs between rows, at V = 49152 and with V's power; the logit that sure rows
+# give one column, from and to. Then the rank at which Zipf's law begins, the share of sure rows, and the sd of the
+# logarithm of a row's size along the common direction.
+_RANGE, _SPREAD, _POWER, _FAVOUR = 14.2, 3.0, 0.27, (4.4, 15.0)
+_FIRST_RANK, _SURE, _TILT = 4.8, 0.28, 0.073
+
+
+def text_like(n: int, d: int, v: int, device: str = "cpu", seed: int = 0) -> Head:
+    """Head and states that keep about the columns that English text does: .09, .19, .36 at tau 2^-7, 2^-9, 2^-11.
+
+    Those are for chunks of 1024 rows; 256 keep half of that. One direction of the hidden space carries Zipf's law over
+    the columns, the others what differs between rows; some rows favour one column and are sure of it. Mean entropy is
+    near 2.6 nats. Targets are drawn from the model.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    on: dict[str, Any] = {"generator": generator, "device": device}
+    common = torch.randint(2, (d,), **on).mul(2.0).sub_(1) / d**0.5
+    # As in a vocabulary of merges, a column's number goes with its rank, loosely.
+    order = torch.arange(1, v + 1, device=device).log() + torch.randn(v, **on)
+    rank = order.argsort().argsort().float()
+    bias = rank.div(_FIRST_RANK).log1p_().mul_(-_RANGE / math.log1p(v / _FIRST_RANK))
+    weight = torch.randn(v, d, **on).mul_(_SPREAD * (v / 49152) ** _POWER / d**0.5)
+    # In place, along the common direction: at 131072 x 4096 the weight is 2 GiB.
+    favoured = torch.multinomial(bias.softmax(0), n, True, generator=generator)
+    other = weight[favoured] - (weight[favoured] @ common)[:, None] * common
+    weight.addr_(bias - weight @ common, common)
+    low, high = _FAVOUR
+    boost = (low + (high - low) * torch.rand(n, **on) - bias[favoured]) * (torch.rand(n, **on) < _SURE)
+    hidden = torch.randn(n, d, **on)
+    hidden += (boost / other.square().sum(1))[:, None] * other
+    hidden.addr_((_TILT * torch.randn(n, **on)).exp() - hidden @ common, common)
+    return hidden, weight, _drawn(hidden, weight, generator)
+
+
+def _drawn(hidden: torch.Tensor, weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A target for each row, from the model; 256 MiB of logits at a time."""
+    parts = hidden.split(max(1, 2**26 // len(weight)))
+    return torch.cat([torch.multinomial((h @ weight.T).softmax(1), 1, generator=generator)[:, 0] for h in parts])
 
 
 if __name__ == "__main__":

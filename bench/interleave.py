@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -31,6 +32,14 @@ SLOW = 4.0
 # Cycles that a GPU spins while the host queues what is timed: half a millisecond, some hundred launches.
 QUEUE_CYCLES = 1_000_000
 console = Console()
+
+
+class Inaccurate(ValueError):
+    """A provider's result is wrong, by these errors."""
+
+    def __init__(self, message: str, errors: dict[str, float]) -> None:
+        super().__init__(message)
+        self.errors = errors
 
 
 class HostClock:
@@ -108,23 +117,59 @@ class Step:
         return out.detach(), grads, [time_.milliseconds(a, b) for a, b in pairs]
 
 
-def interleaved(steps: dict[str, Step], rounds: int, seconds: float) -> dict[str, dict[int, list[list[float]]]]:
+def interleaved(
+    steps: dict[str, Step], rounds: int, seconds: float
+) -> tuple[dict[str, dict[int, list[list[float]]]], dict[str, str]]:
     """Samples[turn][repetition][mode] of each step, taken in turns whose order rotates; slow steps skip turns.
 
-    A turn repeats its step until about that many seconds are spent, so that short steps get more samples.
+    A turn repeats its step until about that many seconds are spent, so that short steps get more samples. A step that
+    raises leaves; the second dictionary has its reason.
     """
-    once = {name: step.run()[2][-1] / 1e3 for name, step in steps.items()}
+    failed: dict[str, str] = {}
+
+    def taken(name: str, times: int) -> list[list[float]]:
+        try:
+            return [steps[name].run()[2] for _ in range(times)]
+        except Exception as error:
+            failed[name] = reason(error)
+        free(steps[name].device)
+        return []
+
+    once = {name: sample[0][-1] / 1e3 for name in steps if (sample := taken(name, 1))}
     repeats = {name: min(20, max(1, round(seconds / time_))) for name, time_ in once.items()}
-    samples: dict[str, dict[int, list[list[float]]]] = {name: {} for name in steps}
-    names = list(steps)
+    samples: dict[str, dict[int, list[list[float]]]] = {name: {} for name in once}
+    names = list(once)
     for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            if turn % 3 and once[name] > SLOW:
+        for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
+            if name in failed or (turn % 3 and once[name] > SLOW):
                 continue
-            samples[name][turn] = [steps[name].run()[2] for _ in range(repeats[name])]
+            samples[name][turn] = taken(name, repeats[name])
             # The first run may have met other work.
-            once[name] = min(once[name], *(s[-1] / 1e3 for s in samples[name][turn]))
-    return samples
+            once[name] = min([once[name], *(s[-1] / 1e3 for s in samples[name][turn])])
+    return {name: turns for name, turns in samples.items() if name not in failed}, failed
+
+
+def free(device: str) -> None:
+    """What a step that failed held goes back to the GPU, so that the next has it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def wall_ms(step: Step, runs: int) -> float:
+    """Median wall time of a whole step: what the host does is in it, which the event clock hides."""
+    wait = torch.cuda.synchronize if step.device == "cuda" else lambda: None
+    times = []
+    for _ in range(runs):
+        wait()
+        start = time.perf_counter()
+        out = step.function()
+        grads = torch.autograd.grad(out, step.leaves, step.incoming) if step.leaves else ()
+        if step.update is not None:
+            step.update(grads)
+        wait()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
 
 
 def timings(samples: dict[int, list[list[float]]]) -> dict[str, dict[str, Any]]:
@@ -150,11 +195,11 @@ def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def require(name: str, errors: dict[str, float], limits: dict[str, float]) -> None:
-    """Refuse to time a provider whose result is wrong."""
+    """Refuse to time a provider whose result is wrong: raises Inaccurate."""
     for key, limit in limits.items():
         # Not "error > limit": NaN has to fail.
         if not errors[key] <= limit:
-            raise ValueError(f"{name}: {key} {errors[key]:.3g}, wanted at most {limit:.3g}")
+            raise Inaccurate(f"{name}: {key} {errors[key]:.3g}, wanted at most {limit:.3g}", errors)
 
 
 def rows(base: dict[str, Any], samples: dict[int, list[list[float]]], floors: dict[str, dict[str, float]]) -> list:
@@ -208,7 +253,11 @@ def _version(name: str) -> str | None:
 
 
 def _git(*words: str) -> str:
-    out = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    """git's answer; empty where it is absent, or this is no clone."""
+    try:
+        out = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return out.stdout.strip()
 
 
@@ -230,7 +279,9 @@ def environment(peers: Sequence[str], device: str = "cpu") -> dict[str, Any]:
 
 
 def write(path: Path, header: dict[str, Any], table: list[dict]) -> None:
-    """The run as JSON: what it depends on, then its rows."""
+    """The run as JSON: what it depends on, then its rows. The file is always a whole one, the last or this."""
     header = {**header, "load_after": os.getloadavg()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**header, "rows": table}, indent=1) + "\n")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps({**header, "rows": table}, indent=1) + "\n")
+    part.replace(path)

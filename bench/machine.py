@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -47,15 +47,18 @@ def _best(function: Callable[[], torch.Tensor], device: str, runs: int) -> float
     return min(step.run()[2][0] for _ in range(runs))
 
 
-def measured(device: str) -> Ceilings:
+def gemm_gflops(n: int, c: int, d: int, dtype: str, device: str) -> float:
+    """Rate of (n, d) times (d, c)."""
+    a, w = (torch.randn(s, d, device=device, dtype=getattr(torch, dtype)) for s in (n, c))
+    # torch.mm and linear may take different libraries: the faster one is the ceiling.
+    ms = min(_best(lambda: linear(a, w), device, 5), _best(lambda: a @ w.T, device, 5))
+    return 2 * n * c * d / ms / 1e6
+
+
+def measured(device: str, sizes: Mapping[str, tuple[tuple[int, int, int], int]] = SIZES) -> Ceilings:
     """The ceilings at the current number of threads."""
-    (n, c, d), size = SIZES[device]
-    gemm = {}
-    for name in DTYPES:
-        a, w = (torch.randn(s, d, device=device, dtype=getattr(torch, name)) for s in (n, c))
-        # torch.mm and linear may take different libraries: the faster one is the ceiling.
-        ms = min(_best(lambda a=a, w=w: linear(a, w), device, 5), _best(lambda a=a, w=w: a @ w.T, device, 5))
-        gemm[name] = 2 * n * c * d / ms / 1e6
+    (n, c, d), size = sizes[device]
+    gemm = {name: gemm_gflops(n, c, d, name, device) for name in DTYPES}
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
     copy = 2 * size / _best(lambda: target.copy_(source), device, 10) / 1e6

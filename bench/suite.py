@@ -4,8 +4,8 @@ An op is a module bench_NAME that has
     SETS                        {set: Set}; "quick", "main", "scaling" and "tiny" are asked for by name
     PROVIDERS                   {name: Provider}
     inputs(case, device)        the tensors of a case, and its truth in float64 or what leads to it
-    checked(name, case, made)   (Step, columns): the provider's step after one run, errors within its limits. What
-                                cannot run raises ImportError or RuntimeError with the reason, which becomes its row
+    checked(name, case, made)   (Step, columns): the provider's step after one run, errors within its limits. Whatever
+                                it raises becomes the reason of its row; the others keep theirs
     baselines(case, made)       {name: Step} of bare work, for scale: kind "floor"
     floors(case)                {mode: {"floor_bytes": ..., "floor_flops": ...}}, what no provider can do without
     unchecked(name, case, made) (smaller Step of the same widths, Step), where a set asks for memory
@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gpu_env
 import interleave
 import machine
 import memory
 import torch
-from interleave import console, environment, interleaved, reason, rows
+from interleave import Inaccurate, console, environment, interleaved, reason, rows
 from rich.progress import Progress
 
 OPS = ("logps", "dpp", "losses", "step")
@@ -133,33 +134,46 @@ def table_of(run: Run, options: Options, ceilings: machine.Ceilings) -> list[dic
     """Rows of one run: providers checked, then timed in turns; one row with the reason where one cannot run."""
     module = load(run.op)
     torch.set_num_threads(run.threads)
-    made = module.inputs(run.case, options.device)
     columns = columns_of(run)
+    bases = {name: {**columns, "provider": name, "kind": module.PROVIDERS[name].kind} for name in run.names}
+    try:
+        made = module.inputs(run.case, options.device)
+    except Exception as error:
+        return [{**base, "reason": reason(error)} for base in bases.values()]
     table: list[dict] = []
-    steps, bases = {}, {}
+    steps = {}
     for name in run.names:
-        base = {**columns, "provider": name, "kind": module.PROVIDERS[name].kind}
         try:
             steps[name], extra = module.checked(name, run.case, made)
-        except (ImportError, RuntimeError) as error:
-            table.append({**base, "reason": reason(error)})
-            continue
-        bases[name] = {**base, **extra}
+            bases[name].update(extra)
+        except Exception as error:
+            wrong = {"wrong": True} if isinstance(error, Inaccurate) else {}
+            table.append({**bases[name], "reason": reason(error), **wrong})
+        if name not in steps:
+            interleave.free(options.device)
     for name, step in module.baselines(run.case, made).items():
         steps[name], bases[name] = step, {**columns, "provider": name, "kind": "floor"}
     dtype = getattr(run.case, "dtype", "float32")
     floors = {mode: {**floor, "floor_ms": ceilings.floor_ms(dtype, **floor)}
               for mode, floor in module.floors(run.case).items()}  # fmt: skip
-    for name, samples in interleaved(steps, run.rounds, options.seconds).items():
-        table += rows(bases[name], samples, floors)
+    timed, failed = interleaved(steps, run.rounds, options.seconds)
+    table += [{**bases[name], "reason": why} for name, why in failed.items()]
+    for name, samples in timed.items():
+        made_rows = rows(bases[name], samples, floors)
+        if options.device == "cuda":
+            # The last row is the whole step's.
+            made_rows[-1]["wall_ms"] = interleave.wall_ms(steps[name], 5)
+        table += made_rows
     interleave.add_ratios(table)
     # A compiled function is tied to its shapes; without this the eighth case would meet dynamo's limit.
     torch.compiler.reset()
     return table
 
 
-def measure(options: Options, on_rows: Callable[[list[dict]], None] = lambda table: None) -> tuple[dict, list[dict]]:
-    """(what the run depends on, its rows); on_rows is called with the rows of each case as it ends."""
+def measure(
+    options: Options, on_case: Callable[[list[dict], dict, list[dict]], None] = lambda made, header, table: None
+) -> tuple[dict, list[dict]]:
+    """(what the run depends on, its rows); on_case gets each case's rows as it ends, then both of these so far."""
     interleave.clock.cache_clear()
     plan = planned(options)
     before = torch.get_num_threads()
@@ -181,8 +195,8 @@ def measure(options: Options, on_rows: Callable[[list[dict]], None] = lambda tab
                 if run.memory:
                     failed = {r["provider"] for r in made if "reason" in r}
                     made += memory.table_of(run, columns_of(run), options.device, failed)
-                on_rows(made)
                 table += made
+                on_case(made, header, table)
                 progress.advance(bar)
     finally:
         torch.set_num_threads(before)
@@ -193,7 +207,7 @@ def result_path(path: Path, device: str) -> Path:
     """path, or for a folder <device>-<date>.json in it."""
     if path.suffix == ".json":
         return path
-    name = torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
+    name = gpu_env.chip(torch.cuda.get_device_name()) if device == "cuda" else "cpu"
     return path / f"{name}-{datetime.date.today():%Y-%m-%d}.json"
 
 
@@ -211,7 +225,7 @@ def main(
     sets: Sequence[str] = (),
     rounds: int | None = None,
 ) -> int:
-    """Run, print, write, compare; returns the exit status: 0, 1 where a ratio fell, 2 where nothing could be run."""
+    """Run, print, write, compare; the exit status: 0, 1 where a ratio fell, 2 where nothing ran or ours was wrong."""
     import show
     from compare import regressions
     from results import committed
@@ -232,15 +246,23 @@ def main(
         options = replace(options, sets=tuple(sets))
     if rounds:
         options = replace(options, rounds=rounds)
+    path = None if json is None else result_path(json, device)
+
+    def on_case(made: list[dict], header: dict, so_far: list[dict]) -> None:
+        if path is not None:
+            interleave.write(path, header, so_far)
+        show.rows(made, console)
+
     try:
-        header, table = measure(options, lambda made: show.rows(made, console))
+        header, table = measure(options, on_case)
     except ValueError as error:
         return _refuse(str(error))
     show.header(header, console)
-    if json is not None:
-        path = result_path(json, device)
-        interleave.write(path, header, table)
+    if path is not None:
         console.print(f"written: {path}", soft_wrap=True)
+    for row in table:
+        if row.get("wrong") and row["kind"] == "ours":
+            return _refuse(f"wrong result: {row['reason']}")
     if compare is None:
         return 0
     return regressions(table, committed(compare, header["device"]), compare, tolerance, console)

@@ -10,15 +10,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import standin_plugin
 import torch
 
 # Triton reads it at import: without a GPU its kernels run on CPU tensors, in the interpreter.
-if not torch.cuda.is_available():
+if standin_plugin.mode():
+    os.environ["TRITON_INTERPRET"] = "1" if standin_plugin.mode() == "device" else "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 # Test files import it and name it as a plugin; pytest wants to hear of it before the first does.
 pytest.register_assert_rewrite("tiny_demo")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    mode = standin_plugin.mode()
+    if mode == "device":
+        import standin_device
+
+        config.pluginmanager.register(standin_device.Plugin())
+    elif mode:
+        config.pluginmanager.register(standin_plugin.StandIn(compiles=mode == "1"))
 
 
 @pytest.fixture

@@ -207,17 +207,112 @@ def test_training_step_and_pytest_benchmark(tmp_path: Path) -> None:
         assert b["extra_info"]["error_grad"] < 1e-4
 
 
-def test_wrong_results_are_not_timed(tmp_path: Path) -> None:
-    """A provider whose gains are off by 1e-3 is refused by name."""
+_FAULTS = """
+import json, pathlib
+import bench_dpp, suite
+right, P = bench_dpp.eager_inv, bench_dpp.PROVIDERS
+calls = []
+def tires(x):
+    calls.append(1)
+    if len(calls) > 3: raise MemoryError('out of memory')
+    return right(x)
+def missing(case, device): import no_such_peer
+P['eager inv'] = suite.Provider({kind!r}, lambda case, device: lambda x: right(x) + 1e-3)
+P['eager cholesky'] = suite.Provider('peer', missing)
+P['python loop'] = suite.Provider('peer', lambda case, device: tires)
+names = ['qempo_fast cpu', 'eager inv', 'eager cholesky', 'python loop']
+status = suite.main(ops=['dpp'], sets=['tiny'], providers=names, rounds=2, json=pathlib.Path('out.json'))
+"""
+
+
+def test_a_peer_that_is_wrong_missing_or_fails_is_a_row_and_the_others_keep_theirs(tmp_path: Path) -> None:
+    """Gains off by 1e-3, a module that is not there, memory that runs out while it is timed."""
+    done = _in_bench(_FAULTS.format(kind="peer") + "sys.exit(status)\n", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    reasons: dict[str, set[str]] = {}
+    for row in rows:
+        reasons.setdefault(row["provider"], set()).add(row.get("reason", "timed"))
+    assert reasons["qempo_fast cpu"] == reasons["three passes"] == {"timed"}
+    assert all("error_gains 0.00" in r and "wanted at most 1e-05" in r for r in reasons["eager inv"])
+    assert len(reasons["eager inv"]) == 2
+    assert reasons["eager cholesky"] == {"ModuleNotFoundError: No module named 'no_such_peer'"}
+    assert reasons["python loop"] == {"MemoryError: out of memory"}
+    assert "eager cholesky: ModuleNotFoundError" in done.stdout
+
+
+def test_a_wrong_result_of_ours_is_the_runs_failure(tmp_path: Path) -> None:
+    done = _in_bench(_FAULTS.format(kind="ours") + "sys.exit(status)\n", tmp_path)
+    assert done.returncode == 2
+    assert "wrong result: Inaccurate: eager inv, G=16 k=4 d=24: error_gains" in done.stderr
+
+
+def test_the_file_has_every_case_that_ended(tmp_path: Path) -> None:
+    """Killed in its second case, a run leaves the first one's rows, in whole JSON."""
     done = _in_bench(
-        "import bench_dpp, suite\n"
-        "right = bench_dpp.eager_inv\n"
-        "bench_dpp.PROVIDERS['eager inv'] = suite.Provider('peer', lambda case, device: lambda x: right(x) + 1e-3)\n"
-        "sys.exit(suite.main(ops=['dpp'], sets=['tiny'], providers=['eager inv']))\n",
+        "import os, pathlib, signal, suite\n"
+        "table_of, runs = suite.table_of, []\n"
+        "def cut(run, *rest):\n"
+        "    runs.append(run)\n"
+        "    if len(runs) > 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return table_of(run, *rest)\n"
+        "suite.table_of = cut\n"
+        "suite.main(ops=['dpp'], sets=['tiny'], providers=['eager inv'], rounds=1, json=pathlib.Path('out.json'))\n",
         tmp_path,
     )
-    assert done.returncode == 2
-    assert "eager inv, G=16 k=4 d=24: error_gains" in done.stderr
+    assert done.returncode == -9
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert {r["case"] for r in content["rows"]} == {"G=16 k=4 d=24"}
+    assert content["ceilings"]
+    assert content["commit"]
+    assert [p.name for p in tmp_path.glob("*out.json*")] == ["out.json"]
+
+
+def test_a_run_needs_no_git(tmp_path: Path) -> None:
+    code = "import interleave; print(interleave.environment((), 'cpu')['commit'])\n"
+    done = _run("-c", f"import sys; sys.path.insert(0, {str(BENCH)!r})\n{code}", cwd=tmp_path, PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "unknown"
+
+
+def test_the_gpu_sets_wait_for_no_compiler(tmp_path: Path) -> None:
+    """Two rounds, and the text-like head where the headline is measured."""
+    done = _in_bench(
+        "import torch, suite\n"
+        "runs = suite.planned(suite.Options(ops=('logps', 'dpp', 'losses'), sets=('gpu',)))\n"
+        "assert len(runs) > 20\n"
+        "assert all(r.rounds == 2 or r.op == 'step' for r in runs)\n"
+        "assert not [n for r in runs for n in r.names if 'compile' in n]\n"
+        "logps = [str(r.case) for r in runs if r.op == 'logps']\n"
+        "assert logps[0] == 'text-like N=8192 D=4096 V=131072 bfloat16', logps\n"
+        "assert logps[1] == 'flat N=8192 D=4096 V=131072 bfloat16', logps\n"
+        "assert any(case.endswith('softcap=30') for case in logps)\n",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_wall_time_has_the_host_in_it(tmp_path: Path) -> None:
+    """A step that waits on the host takes that long; its update belongs to it. Rows of a GPU's run have it."""
+    done = _in_bench(
+        "import time, torch, interleave, suite, bench_dpp, machine\n"
+        "x, seen = torch.ones(3, requires_grad=True), []\n"
+        "def work():\n"
+        "    time.sleep(0.02)\n"
+        "    return x * 2\n"
+        "step = interleave.Step(work, (x,), torch.ones(3), 'cpu', seen.append)\n"
+        "assert 20 < interleave.wall_ms(step, 3) < 500\n"
+        "assert len(seen) == 3 and torch.equal(seen[0][0], torch.full((3,), 2.0))\n"
+        "inputs, case = bench_dpp.inputs, bench_dpp.SETS['tiny'].cases[0]\n"
+        "bench_dpp.inputs = lambda case, device: inputs(case, 'cpu')\n"
+        "run = suite.Run('dpp', 'gpu', case, 1, ('eager inv', 'qempo_fast cpu'), False, True, 1)\n"
+        "ceilings = machine.Ceilings(1, {'float32': 1.0}, 1.0)\n"
+        "table = suite.table_of(run, suite.Options(device='cuda', seconds=0.01), ceilings)\n"
+        "assert {r['mode'] for r in table if 'wall_ms' in r} == {'full', 'forward'}, table\n"
+        "assert {r['provider'] for r in table if 'wall_ms' in r} == {*run.names, 'three passes'}\n",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_truth_in_blocks_is_the_references(tmp_path: Path) -> None:
@@ -230,9 +325,16 @@ def test_truth_in_blocks_is_the_references(tmp_path: Path) -> None:
         "t[0], t[1] = 8192, 19999\n"
         "leaves = [x.double().requires_grad_() for x in (h, w)]\n"
         "(qf.reference.linear_logps(*leaves, t).logps * c.double()).sum().backward()\n"
-        "dh, dw = bench_logps.truth(h, w, t, c, every=3)\n"
+        "dh, dw, nats = bench_logps.truth(h, w, t, c, every=3)\n"
+        "out = qf.reference.linear_logps(*leaves, t, entropy=True)\n"
+        "assert abs(nats - float(out.entropy.mean())) < 1e-12\n"
         "torch.testing.assert_close(dh, leaves[0].grad, rtol=1e-10, atol=1e-12)\n"
-        "torch.testing.assert_close(dw, leaves[1].grad[::3], rtol=1e-10, atol=1e-12)\n",
+        "torch.testing.assert_close(dw, leaves[1].grad[::3], rtol=1e-10, atol=1e-12)\n"
+        "capped = [x.double().requires_grad_() for x in (h, w)]\n"
+        "(qf.reference.linear_logps(*capped, t, softcap=2.0).logps * c.double()).sum().backward()\n"
+        "dh, dw, _ = bench_logps.truth(h, w, t, c, every=3, softcap=2.0)\n"
+        "torch.testing.assert_close(dh, capped[0].grad, rtol=1e-10, atol=1e-12)\n"
+        "torch.testing.assert_close(dw, capped[1].grad[::3], rtol=1e-10, atol=1e-12)\n",
         tmp_path,
     )
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,278 @@
+"""Fills Triton's cache with every form that the runs on a GPU launch, where there is no GPU; gpu_kit.py starts it.
+
+    python -P bench/gpu_forms.py [part ...]            kernels, headline, shapes, dpp, losses, checks, counters, search
+    QEMPO_STANDIN=1 python -P -m pytest -p gpu_forms TESTS
+
+TRITON_CACHE_DIR gets them. FORMS_USED gets, a file for each process, the keys that were asked for and those that were
+built. Kernels go to the stand-in driver; what Triton builds beside each on a GPU, a C module of its arguments, is built
+too: with gcc that takes as long as half of the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Used:
+    """Keys of Triton's cache that were asked for, and those of them that were not in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: set[str] = set()
+
+    def note(self, name: str, key: str) -> None:
+        if (name, key) not in self.asked:
+            self.asked.add((name, key))
+            with (self.folder / f"{name}-{os.getpid()}").open("a") as file:
+                file.write(key + "\n")
+
+
+def _no_library() -> str:
+    """Folder of an empty libcuda.so.1: a C module is linked with it here and loaded with the driver's on a GPU."""
+    folder = Path(tempfile.mkdtemp(prefix="qempo-libcuda-"))
+    words = ["gcc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1")]
+    subprocess.run(words, check=True)
+    return str(folder)
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, *, out: Any = None, out_dtype: Any = None) -> torch.Tensor:
+    """Of the products only their types matter: at the headline's size one takes minutes on a CPU."""
+    return a.new_zeros(a.shape[0], b.shape[1], dtype=out_dtype) if out is None else out
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """Within it the stand-in driver also builds the C modules, keys are noted, and GEMMs are those of a GPU."""
+    import triton.runtime.build as build
+    import triton.runtime.cache as cache
+    from triton.backends.nvidia import driver as nvidia
+
+    from qempo_fast.cli import standin
+    from qempo_fast.logps import gemm
+
+    used = Used(Path(os.environ["FORMS_USED"]))
+
+    class Driver(standin._Driver):
+        def __init__(self, target: Any, launches: Any) -> None:
+            super().__init__(target, launches)
+
+            class Launcher(self.launcher_cls):  # type: ignore[misc,name-defined]
+                def __init__(self, src: Any, metadata: Any) -> None:
+                    super().__init__(src, metadata)
+                    nvidia.CudaLauncher(src, metadata)
+
+            self.launcher_cls = Launcher
+
+    begin, put = cache.FileCacheManager.__init__, cache.FileCacheManager.put
+
+    def asked(self: Any, key: str, *args: Any, **more: Any) -> None:
+        begin(self, key, *args, **more)
+        used.note("asked", key)
+
+    def made(self: Any, *args: Any, **more: Any) -> str:
+        used.note("built", self.key)
+        return str(put(self, *args, **more))
+
+    with contextlib.ExitStack() as patches:
+        for target, name, value in (
+            (standin, "_Driver", Driver), (cache.FileCacheManager, "__init__", asked),
+            (cache.FileCacheManager, "put", made), (build, "_load_module_from_path", lambda name, path: mock.Mock()),
+            (gemm, "widens", lambda a: a.dtype in _HALF), (torch, "mm", _mm),
+            (torch, "addmm", lambda total, *args, out=None, **more: total if out is None else out),
+        ):  # fmt: skip
+            patches.enter_context(mock.patch.object(target, name, value))
+        patches.enter_context(mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=_no_library()))
+        nvidia.CudaUtils()
+        yield
+
+
+_open = contextlib.ExitStack()
+
+
+def pytest_configure() -> None:
+    _open.enter_context(building())
+
+
+def pytest_unconfigure() -> None:
+    _open.close()
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Triton by default, and no values read: as users call it there."""
+    from qempo_fast import _backends, _check
+    from qempo_fast.cli.standin import standin
+
+    with (
+        building(),
+        standin("cuda:90"),
+        mock.patch.dict(_backends._ORDER, cpu=("triton", "reference")),
+        mock.patch.object(_check, "readable", return_value=False),
+    ):
+        _backends._DEFAULTS.clear()
+        try:
+            yield
+        finally:
+            _backends._DEFAULTS.clear()
+
+
+def kernels() -> None:
+    import gpu_sanitize
+
+    for op, checks in gpu_sanitize.OPS.items():
+        for name, run in checks(torch.device("cpu"), "triton"):
+            _attempt(f"{op}: {name}", run)
+
+
+def _zeros(case: Any) -> Any:
+    import bench_logps
+
+    dtype = getattr(torch, case.dtype)
+    hidden, weight = torch.zeros(case.n, case.d, dtype=dtype), torch.zeros(case.v, case.d, dtype=dtype)
+    return bench_logps.Inputs(hidden, weight, torch.arange(case.n) % case.v, torch.ones(case.n))
+
+
+def cases(title: str) -> None:
+    """What gpu_cases times, by its own providers."""
+    import bench_logps
+    import gpu_cases
+
+    group = gpu_cases.groups(False)[title]
+    for case in group.cases:
+        for name in (n for n in group.providers if n.startswith("qempo_fast") and not n.endswith("cuda")):
+            if group.op == "logps":
+                _attempt(f"{case}, {name}", lambda n=name, c=case: bench_logps.unchecked(n, c, _zeros(c))[1].run())
+            else:
+                _attempt(f"{case}, {name}", lambda n=name, c=case: _step(group.op, n, c))
+        if group.op == "logps":
+            _attempt(f"{case}, forward alone", lambda c=case: _forward_alone(c))
+
+
+def _step(op: str, name: str, case: Any) -> None:
+    """Of DPP or a loss, whose providers for a GPU take no CPU tensors."""
+    import suite
+
+    module = suite.load(op)
+    made, function = module.inputs(case, "cpu"), module.PROVIDERS[name].make(case, "cuda")
+    if op == "dpp":
+        leaves = {"x": made.embeddings.detach().requires_grad_()}
+        out = function(leaves["x"])
+    else:
+        leaves = {key: made.tensors[key].detach().requires_grad_() for key in module.LOSSES[case.loss][1].split()}
+        out = function(made.tensors | leaves)
+    torch.autograd.grad(out, list(leaves.values()), made.incoming)
+
+
+def _forward_alone(case: Any) -> None:
+    import qempo_fast as qf
+
+    made = _zeros(case)
+    with torch.no_grad():
+        # gpu_cases does both: times it, and asks the entropy once.
+        for entropy in (False, True):
+            more = {} if entropy else {"grad": "exact"}
+            qf.linear_logps(made.hidden, made.weight, made.targets, softcap=case.softcap, entropy=entropy, **more)
+
+
+def checks() -> None:
+    import gpu_checks
+
+    for name, (function, args) in gpu_checks.ops("cpu").items():
+        _attempt(name, lambda f=function, a=args: gpu_checks._results(f, a))
+
+
+def counters() -> None:
+    import gpu_profile
+
+    with mock.patch.object(sys, "argv", ["gpu_profile", "--device", "cpu"]):
+        _attempt("gpu_profile", gpu_profile.main)
+
+
+def search() -> None:
+    """The candidates that the second call searches, each built once."""
+    import bench_logps
+    import gpu_cases
+    import gpu_second
+
+    import qempo_fast as qf
+    from qempo_fast.kernels import _launch
+
+    def one(case: Any, how: dict[str, Any]) -> None:
+        made = _zeros(case)
+        leaves = [x.requires_grad_() for x in (made.hidden, made.weight)]
+        out = qf.linear_logps(*leaves, made.targets, softcap=case.softcap, **how).logps
+        torch.autograd.grad(out, leaves, made.incoming.to(out.dtype))
+
+    def once(run: Callable[[], None]) -> float:
+        with contextlib.suppress(Exception):  # a candidate for a device with more shared memory
+            run()
+        return 1.0
+
+    with (
+        mock.patch.object(_launch, "AUTOTUNE", True),
+        mock.patch.object(_launch, "_milliseconds", once),
+        mock.patch.object(torch.cuda, "get_device_name", return_value="no GPU"),
+    ):
+        for case in (bench_logps.GPU, gpu_cases.GEMMA, gpu_cases.SMOLLM2):
+            for how in gpu_second.MODES.values():
+                _attempt(f"search, {case}", lambda c=case, h=how: one(c, h))
+
+
+def _attempt(name: str, run: Callable[[], object]) -> None:
+    """Results are garbage here, and a comparison may say so: all that it was to launch has been launched by then."""
+    from triton.compiler.errors import CompilationError
+
+    try:
+        run()
+        print(f"ran  {name}", flush=True)
+    except (ArithmeticError, ValueError, AssertionError) as error:
+        print(f"ran  {name}, wrong numbers: {str(error).splitlines()[0][:100] if str(error) else error!r}", flush=True)
+    except CompilationError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        print(f"FAIL {name}: {error}", flush=True)
+        _failed.append(name)
+
+
+_failed: list[str] = []
+PARTS: dict[str, Callable[[], None]] = {
+    "kernels": kernels,
+    **{title: (lambda t=title: cases(t)) for title in ("headline", "shapes", "dpp", "losses")},
+    "checks": checks,
+    "counters": counters,
+    "search": search,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all without")
+    chosen = parser.parse_args().parts or list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}")
+    with _as_on_a_gpu():
+        for part in chosen:
+            PARTS[part]()
+    if _failed:
+        sys.exit(f"gpu_forms: {len(_failed)} did not launch: {', '.join(_failed)}")
+
+
+if __name__ == "__main__":
+    main()
