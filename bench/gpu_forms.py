@@ -43,12 +43,10 @@ class Used:
                 file.write(key + "\n")
 
 
-def _no_library() -> str:
-    """Folder of an empty libcuda.so.1: a C module is linked with it here and loaded with the driver's on a GPU."""
-    folder = Path(tempfile.mkdtemp(prefix="qempo-libcuda-"))
-    words = ["gcc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1")]
+def _no_library(folder: str) -> None:
+    """An empty libcuda.so.1: a C module is linked with it here and loaded with the driver's on a GPU."""
+    words = ["gcc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"]
     subprocess.run(words, check=True)
-    return str(folder)
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, *, out: Any = None, out_dtype: Any = None) -> torch.Tensor:
@@ -97,7 +95,9 @@ def building() -> Iterator[None]:
             (torch, "addmm", lambda total, *args, out=None, **more: total if out is None else out),
         ):  # fmt: skip
             patches.enter_context(mock.patch.object(target, name, value))
-        patches.enter_context(mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=_no_library()))
+        folder = patches.enter_context(tempfile.TemporaryDirectory(prefix="qempo-libcuda-"))
+        _no_library(folder)
+        patches.enter_context(mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder))
         nvidia.CudaUtils()
         yield
 

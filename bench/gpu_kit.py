@@ -106,7 +106,7 @@ def check(kit: Path, root: Path = ROOT) -> int:
 def pack(cache: Path, keys: Iterable[str], out: Path) -> int:
     """Of these entries of a cache what a launch needs: machine code, C modules and what describes them; how many."""
     count = 0
-    with tarfile.open(out, "w:gz", compresslevel=9) as tar:
+    with tarfile.open(out, "w:xz", preset=6) as tar:
         for key in sorted(set(keys)):
             for path in sorted((cache / key).glob("*")) if (cache / key).is_dir() else ():
                 if path.suffix not in (".cubin", ".json", ".so"):
@@ -283,15 +283,15 @@ def selection() -> list[str]:
 
 
 def triton_cache(inside: Path, kit: Path, wheel: Path, cache: Path) -> dict[str, int]:
-    """kit/triton.tgz, and whether another folder with another install of the wheel finds all of it there."""
+    """kit/triton.tar.xz, and whether another folder with another install of the wheel finds all of it there."""
     with tempfile.TemporaryDirectory(prefix="qempo-kit-") as name:
         work = Path(name)
         install(inside, [wheel], work / "site")
         check_native(inside, work / "site")
         forms(inside, work / "site", cache, work / "used", tests=True)
         asked = keys(work / "used", "asked")
-        count = pack(cache, asked, kit / "triton.tgz")
-        unpack(kit / "triton.tgz", work / "elsewhere")
+        count = pack(cache, asked, kit / "triton.tar.xz")
+        unpack(kit / "triton.tar.xz", work / "elsewhere")
         install(inside, [wheel], work / "other" / "site")
         forms(inside, work / "other" / "site", work / "elsewhere", work / "again", tests=True)
         missed = keys(work / "again", "built")
@@ -305,7 +305,7 @@ def triton_cache(inside: Path, kit: Path, wheel: Path, cache: Path) -> dict[str,
 
 def sizes(kit: Path) -> dict[str, int]:
     """Bytes of each part that travels."""
-    parts = {"own wheel": "wheels/qempo_fast-*.whl", "Triton's cache": "triton.tgz", "Liger native": "native/*"}
+    parts = {"own wheel": "wheels/qempo_fast-*.whl", "Triton's cache": "triton.tar.xz", "Liger native": "native/*"}
     found = {name: sum(p.stat().st_size for p in kit.glob(pattern)) for name, pattern in parts.items()}
     every = sum(p.stat().st_size for p in kit.glob("wheels/*.whl"))
     found["peers' wheels"] = every - found["own wheel"]
@@ -328,7 +328,7 @@ def refuse_large(kit: Path, most: float) -> dict[str, int]:
 
 def record(kit: Path, found: dict[str, int], sources: dict[str, str], **more: Any) -> None:
     content = {
-        "commit": commit(ROOT), "date": datetime.date.today().isoformat(), "sources": sources, "bytes": found,
+        "date": datetime.date.today().isoformat(), "sources": sources, "bytes": found,
         "python": PYTHON, "torch": TORCH, "triton": TRITON, **more,
     }  # fmt: skip
     (kit / "kit.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -350,7 +350,7 @@ def build(kit: Path, name: str, venv: Path, peer: str, most: float) -> None:
     (kit / "wheels").mkdir(parents=True)
     (kit / "kit.json").unlink(missing_ok=True)
     # Before anything is built: an edit made meanwhile leaves a kit that is told to be old.
-    sources = {part: digest(ROOT, patterns) for part, patterns in SOURCES.items()}
+    sources, of = {part: digest(ROOT, patterns) for part, patterns in SOURCES.items()}, commit(ROOT)
     wheel = own_wheel(inside, kit / "wheels", venv / "qempo-wheels" / sources["wheel"][:16])
     told(f"wheel, {wheel.stat().st_size / MIB:.2f} MiB")
     versions = peer_wheels(inside, kit / "wheels")
@@ -366,7 +366,7 @@ def build(kit: Path, name: str, venv: Path, peer: str, most: float) -> None:
     entries = triton_cache(inside, kit, wheel, venv / "qempo-triton-cache")
     told(f"Triton's cache: {entries['kernels']} kernels, all found again in another folder")
     found = refuse_large(kit, most)
-    record(kit, found, sources, cuda=cuda(inside), versions=versions, triton_cache=entries)
+    record(kit, found, sources, commit=of, cuda=cuda(inside), versions=versions, triton_cache=entries)
     print("\n".join(table(found)))
 
 
@@ -387,7 +387,7 @@ def main() -> int:
         if args.what == "unpack":
             if args.folder is None:
                 parser.error("unpack: wanted a folder")
-            print(f"{unpack(args.kit / 'triton.tgz', args.folder)} entries of Triton's cache")
+            print(f"{unpack(args.kit / 'triton.tar.xz', args.folder)} entries of Triton's cache")
             return 0
         build(args.kit, args.python, args.venv or home / "qempo_fast" / "gpu-kit", args.peer, args.most)
     except KitError as error:

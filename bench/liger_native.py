@@ -7,10 +7,12 @@ Hopper core alone travels. It needs NVSHMEM's host library of just its version, 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import json
 import os
+import shutil
 import struct
 import sys
 import tarfile
@@ -127,6 +129,7 @@ def unpack(folder: Path) -> Path:
         raise RuntimeError(f"Liger's native head: no {ARCHIVE} in {folder}; make gpu-kit PEER=liger packs it")
     if archive not in _unpacked:
         tree = Path(tempfile.mkdtemp(prefix="qempo-liger-"))
+        atexit.register(shutil.rmtree, tree, ignore_errors=True)
         with tarfile.open(archive) as tar:
             tar.extractall(tree, filter="data")
         missing = [n for n in (_CORE, *(f"liger_cute_kernels/{x}" for x in _LIBRARIES)) if not (tree / n).is_file()]

@@ -30,6 +30,7 @@ from ._dpp import (
     store_square,
     sweep,
 )
+from ._launch import architecture
 from .dpp_careful import _dpp_careful_kernel
 
 
@@ -217,7 +218,7 @@ def dpp_fwd(
     tensors = (x, log_quality, offsets, *out, kept)
     sizes = (rows, k, x.shape[-1], ridge)
     # Triton's interpreter multiplies the bits of bfloat16 in tl.dot.
-    widen = x.dtype == torch.bfloat16 and not x.is_cuda
+    widen = x.dtype == torch.bfloat16 and architecture(x.device) == "interpreter"
     with on_device(x):
         for share in shares(k, rows <= 16):
             _dpp_fwd_kernel[(groups,)](*tensors, groups, *sizes, NORMALIZE=normalize, WIDEN=widen, **share.direct)

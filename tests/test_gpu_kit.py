@@ -58,8 +58,8 @@ def test_pack_keeps_what_a_launch_needs_of_the_keys_named(kit_module: ModuleType
     (cache / "DDD" / "__triton_launcher.cpython-312-x86_64-linux-gnu.so").write_bytes(b"module")
     (cache / "DDD" / "lock").write_bytes(b"")
     # A key that was asked for and never written is no error: Triton asks before it looks.
-    assert kit_module.pack(cache, ["AAA", "CCC", "DDD", "EEE"], tmp_path / "triton.tgz") == 2
-    with tarfile.open(tmp_path / "triton.tgz") as tar:
+    assert kit_module.pack(cache, ["AAA", "CCC", "DDD", "EEE"], tmp_path / "triton.tar.xz") == 2
+    with tarfile.open(tmp_path / "triton.tar.xz") as tar:
         names = sorted(tar.getnames())
     kept = [f"{key}/{name}" for key in ("AAA", "CCC") for name in ("__grp__", "cubin", "json")]
     assert len(names) == len(kept) + 1
@@ -70,9 +70,9 @@ def test_pack_keeps_what_a_launch_needs_of_the_keys_named(kit_module: ModuleType
 def test_an_unpacked_cache_names_its_own_files(kit_module: ModuleType, tmp_path: Path) -> None:
     """Triton 3.6 looks where the group says, not beside it."""
     _cache(tmp_path / "cache", "AAA", "_some_kernel")
-    kit_module.pack(tmp_path / "cache", ["AAA"], tmp_path / "triton.tgz")
+    kit_module.pack(tmp_path / "cache", ["AAA"], tmp_path / "triton.tar.xz")
     there = tmp_path / "elsewhere"
-    assert kit_module.unpack(tmp_path / "triton.tgz", there) == 1
+    assert kit_module.unpack(tmp_path / "triton.tar.xz", there) == 1
     group = json.loads((there / "AAA" / "__grp___some_kernel.json").read_text())["child_paths"]
     assert set(group) == {"_some_kernel.cubin", "_some_kernel.json"}
     for name, path in group.items():
@@ -99,7 +99,7 @@ def _sources(root: Path) -> None:
 def _kit(kit_module: ModuleType, root: Path, kit: Path) -> None:
     (kit / "wheels").mkdir(parents=True)
     sources = {part: kit_module.digest(root, patterns) for part, patterns in kit_module.SOURCES.items()}
-    kit_module.record(kit, {"own wheel": 1}, sources, cuda="13.0")
+    kit_module.record(kit, {"own wheel": 1}, sources, commit=kit_module.commit(ROOT), cuda="13.0")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_kit_json_says_what_it_is_of(kit_module: ModuleType, tmp_path: Path) -> 
 
 
 def test_a_kit_too_large_to_travel_is_refused(kit_module: ModuleType, tmp_path: Path) -> None:
-    for name, size in (("wheels/qempo_fast-1-cp312.whl", 3), ("wheels/trl-1.whl", 1), ("triton.tgz", 2)):
+    for name, size in (("wheels/qempo_fast-1-cp312.whl", 3), ("wheels/trl-1.whl", 1), ("triton.tar.xz", 2)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size * 2**20))
     found = kit_module.refuse_large(tmp_path, 6)

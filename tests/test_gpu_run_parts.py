@@ -149,7 +149,7 @@ def test_what_the_kit_brings_is_used_and_not_the_repositorys(small_tree: Path, t
     (kit / "kit.json").write_text('{"commit": "abc123"}')
     (tmp_path / "tgz" / "KEY").mkdir(parents=True)
     (tmp_path / "tgz" / "KEY" / "k.cubin").write_bytes(b"machine code")
-    subprocess.run(["tar", "-czf", kit / "triton.tgz", "-C", tmp_path / "tgz", "KEY/k.cubin"], check=True)
+    subprocess.run(["tar", "-cJf", kit / "triton.tar.xz", "-C", tmp_path / "tgz", "KEY/k.cubin"], check=True)
     process = start(tmp_path, "first", tree=small_tree, KIT=str(kit))
     out, err = end(process, 120)
     rows = lines(tmp_path)
