@@ -34,18 +34,18 @@ S, SIZE, ROWS, COLUMNS = 520, 8, 256, 512
 Call = Callable[[], object]
 
 
-def _standin() -> Any:
+def standin() -> Any:
     """The stand-in driver; a library from before it had one gets this tree's."""
     try:
-        from qempo_fast.cli import standin
+        from qempo_fast.cli import standin as module
     except ImportError:
         path = Path(__file__).parent.parent / "qempo_fast" / "cli" / "standin.py"
         spec = importlib.util.spec_from_file_location("qempo_fast.cli.standin", path)
         assert spec is not None
         assert spec.loader is not None
-        standin = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(standin)
-    return standin.standin
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module.standin
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def as_on_a_gpu(compiles: bool = False) -> Iterator[Any]:
         return look("QEMPO_CHECK") == "1"
 
     with (
-        _standin()("cuda:90", compiles=compiles) as launches,
+        standin()("cuda:90", compiles=compiles) as launches,
         mock.patch.dict(_backends._ORDER, cpu=("triton", "reference")),
         mock.patch.object(_check, name, on_a_gpu),
     ):

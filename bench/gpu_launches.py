@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -28,6 +27,10 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# Run as `python -P`, which leaves the script's own folder off the path.
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_host import standin
 
 # They give memory, or a number to the host; randint and scalar_tensor run on the CPU.
 _FREE = {
@@ -60,20 +63,6 @@ class Ops(TorchDispatchMode):
         return a.new_empty(a.shape[0], b.shape[1], dtype=wide)
 
 
-def _standin() -> Any:
-    """The stand-in driver; a library from before it had one gets this tree's."""
-    try:
-        from qempo_fast.cli import standin
-    except ImportError:
-        path = Path(__file__).parent.parent / "qempo_fast" / "cli" / "standin.py"
-        spec = importlib.util.spec_from_file_location("qempo_fast.cli.standin", path)
-        assert spec is not None
-        assert spec.loader is not None
-        standin = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(standin)
-    return standin.standin
-
-
 @contextlib.contextmanager
 def on_a_gpu(kept: float, ops: Ops | None) -> Iterator[Counter[str]]:
     """Triton's kernels for CPU tensors, GEMMs that may write float32, a share of the columns as if it were drawn."""
@@ -99,7 +88,7 @@ def on_a_gpu(kept: float, ops: Ops | None) -> Iterator[Counter[str]]:
         return False
 
     with contextlib.ExitStack() as patches:
-        launches = patches.enter_context(_standin()("cuda:90", compiles=False))
+        launches = patches.enter_context(standin()("cuda:90", compiles=False))
         patches.enter_context(mock.patch.object(pass_triton, "select_columns", select))
         patches.enter_context(mock.patch.object(_check, "readable", readable))
         if hasattr(gemm, "widens"):
@@ -147,7 +136,7 @@ def _small(n: int, d: int, v: int) -> Iterator[tuple[int, int, int]]:
 
     tiles = pass_triton.TritonPass()
     with contextlib.ExitStack() as patches:
-        patches.enter_context(_standin()("cuda:90", compiles=False))
+        patches.enter_context(standin()("cuda:90", compiles=False))
         try:
             hidden = torch.empty(n, d, dtype=torch.bfloat16)
             sizes = {s: tiles.sizes(s, hidden) for s in (True, False)}

@@ -484,11 +484,8 @@ def test_rspo_of_unread_sizes(device: torch.device) -> None:
 def test_a_group_of_one_has_no_baseline(device: torch.device) -> None:
     """The public loss refuses it; unchecked, its coefficient is NaN and no other."""
     cu, x = offsets(1, 3).to(device), draw(4).to(device)
-    for call in (
-        lambda: group_loss_fwd(x, None, x, alpha=1.0, beta=0.0, offsets=cu),
-        lambda: variance_loss_fwd(x, None, x, alpha=1.0, beta=0.0, offsets=cu),
-    ):
-        _, (coef,) = call()
+    for fwd in (group_loss_fwd, variance_loss_fwd):
+        _, (coef,) = fwd(x, None, x, alpha=1.0, beta=0.0, offsets=cu)
         assert coef.isnan().tolist() == [True, False, False, False]
 
 
