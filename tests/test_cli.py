@@ -56,7 +56,7 @@ def test_info_lists_every_environment_variable_that_is_read() -> None:
     root = Path(__file__).resolve().parents[1]
     sources = [p for folder in ("qempo_fast", "kernels", "csrc") for p in (root / folder).rglob("*.*")]
     text = "\n".join(p.read_text() for p in sources if p.suffix in {".py", ".cpp", ".h", ".cu"})
-    read = set(re.findall(r"(?:environ\.get\(|environ\[|getenv\()\s*\"(QEMPO_\w+)\"", text))
+    read = set(re.findall(r"(?:environ\.get\(|environ\[|environment\(|getenv\()\s*\"(QEMPO_\w+)\"", text))
     assert {"QEMPO_BACKEND", "QEMPO_CPU_ISA"} <= read
     assert {name for name in _VARIABLES if name.startswith("QEMPO_")} == read
 
