@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,9 +262,15 @@ def worker(rank: int, world: int, what: str, folder: str) -> None:
     store = f"file://{folder}/{what}-{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=seconds)
     if what in ("dead", "silent"):
+        joined = Path(folder) / "joined"
         if rank == 1:
+            # Not before the other has a group too: it would be lost in joining, which is another error.
+            until = time.monotonic() + 50
+            while not joined.exists() and time.monotonic() < until:
+                time.sleep(0.05)
             time.sleep(0 if what == "dead" else 8)
             os._exit(7)
+        joined.touch()
         qf.gather_groups(torch.tensor([0]), torch.zeros(1))
         return
     # An error ends this rank, and by that the others too: out of step they would only wait for each other.
