@@ -22,8 +22,8 @@ from qempo_fast.kernels.linear_logps_grad import tile_bwd
 from qempo_fast.kernels.linear_logps_select import select_columns
 from qempo_fast.kernels.linear_logps_tiles import COLUMN_ROWS
 from qempo_fast.logps import pass_triton
-from qempo_fast.logps.chunked import HeadTensors
 from qempo_fast.logps.gemm import linear
+from qempo_fast.logps.head import HeadTensors
 from qempo_fast.logps.options import Options
 from qempo_fast.logps.stats import RowStats
 

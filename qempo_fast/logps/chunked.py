@@ -12,11 +12,7 @@ import torch
 
 from . import last
 from .gemm import linear
-from .head import HeadTensors as HeadTensors
-from .head import Kept as Kept
-from .head import Logits as Logits
-from .head import part_of as part_of
-from .head import tile_view
+from .head import HeadTensors, Kept, Logits, part_of, tile_view
 from .options import Options, TileSizes, accumulator
 from .stats import RowStats
 from .tile_pass import TilePass

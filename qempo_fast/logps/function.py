@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from . import chunked
 from .backward import RowGrads
 from .backward import backward as chunked_backward
-from .chunked import HeadTensors, Kept, Logits
+from .head import HeadTensors, Kept, Logits
 from .options import Options, accumulator
 from .tile_pass import TilePass
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .chunked import Kept
+    from .head import Kept
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from .. import _backends, _check
 from . import chunked, from_logits, function
-from .chunked import Kept
+from .head import Kept
 from .options import Options, accumulator
 
 _Optional = torch.Tensor | None
