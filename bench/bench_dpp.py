@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from interleave import Step, relative, require
-from suite import Provider, Set
+from suite import Provider, Set, gpu_set
 
 import qempo_fast as qf
 
@@ -117,7 +117,7 @@ SETS = {
     "scaling": Set([Case(512, 16, 384), Case(256, 8, 384), Case(1024, 8, 384), Case(16384, 8, 384)]),
     "tiny": Set([Case(16, 4, 24), Case(8, 8, 24)], threads=("one",)),
     # A GPU's case: 268 MB of embeddings.
-    "gpu": Set([Case(4096, 16, 1024), *MAIN], tuple(p for p in PROVIDERS if "compile" not in p), rounds=2),
+    "gpu": gpu_set([Case(4096, 16, 1024), *MAIN], PROVIDERS),
 }
 
 

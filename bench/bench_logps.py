@@ -17,7 +17,7 @@ import heads
 import torch
 import torch.nn.functional as F
 from interleave import Step, relative, require
-from suite import Provider, Set
+from suite import Provider, Set, gpu_set
 
 import qempo_fast as qf
 from qempo_fast.logps.gemm import linear
@@ -86,13 +86,15 @@ BY_D = [Case(SYNTHETIC, 512, d, 49152, "float32") for d in (256, 2048)]
 BY_V_MEMORY = [Case(SYNTHETIC, 1024, 576, v, "bfloat16") for v in (16384, 65536, 262144)]
 # The shape that the goals for a GPU name.
 GPU = Case(TEXT, 8192, 4096, 131072, "bfloat16")
+GEMMA = Case(f"{TEXT} Gemma-2-2B head", 2048, 2304, 256000, "bfloat16", softcap=30.0)
+SMOLLM2 = Case(f"{TEXT} SmolLM2-135M head", 2048, 576, 49152, "bfloat16")
 GPU_CASES = [
     GPU,
     GPU._replace(source=FLAT),
-    Case(f"{TEXT} Gemma-2-2B head", 2048, 2304, 256000, "bfloat16", softcap=30.0),
+    GEMMA,
     Case(f"{TEXT} Llama-3-8B head", 4096, 4096, 128256, "bfloat16"),
     Case(f"{TEXT} Qwen3-8B head", 4096, 4096, 151936, "bfloat16"),
-    Case(f"{TEXT} SmolLM2-135M head", 2048, 576, 49152, "bfloat16"),
+    SMOLLM2,
 ]
 # What a reader would take instead: the rest costs minutes for these cases and is in the main ones.
 OTHERS = ("TRL ChunkedLogProbFunction", "Liger scaled cross-entropy", "cut-cross-entropy torch_compile")
@@ -210,8 +212,7 @@ SETS = {
     "threads": Set([QUICK], threads=("one", "all")),
     "memory": Set(BY_V_MEMORY, (*FEW, "TRL ChunkedLogProbFunction"), memory=True, timed=False),
     "tiny": Set([Case("random", 24, 16, 512, dtype) for dtype in ("float32", "bfloat16")], threads=("one",)),
-    # Peers that compile cost a minute each: bench/gpu_run.sh second has them for four cases.
-    "gpu": Set(GPU_CASES, tuple(p for p in PROVIDERS if "compile" not in p), rounds=2),
+    "gpu": gpu_set(GPU_CASES, PROVIDERS),
     # A process for each provider: ten seconds each.
     "gpu-memory": Set([GPU], memory=True, timed=False),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from interleave import Step, relative, require
-from suite import Provider, Set
+from suite import Provider, Set, gpu_set
 
 import qempo_fast as qf
 from qempo_fast.reference import dqo, family, losses
@@ -154,11 +154,7 @@ SETS = {
     # A group takes what its samples take; a call takes the same for any S.
     "scaling": Set([Case(name, size, 8) for name in ("dpo", "spl", "gvpo") for size in (512, 32768, 262144)]),
     "tiny": Set([Case(name, 16, 4) for name in LOSSES], threads=("one",)),
-    "gpu": Set(
-        [*(Case(name, 4096, 8) for name in LOSSES), Case("rspo", 4096, 1024)],
-        tuple(p for p in PROVIDERS if "compile" not in p),
-        rounds=2,
-    ),
+    "gpu": gpu_set([*(Case(name, 4096, 8) for name in LOSSES), Case("rspo", 4096, 1024)], PROVIDERS),
 }
 
 

@@ -20,7 +20,7 @@ import interleave
 import machine
 import suite
 import torch
-from bench_logps import GPU, TEXT
+from bench_logps import GEMMA, GPU, SMOLLM2, TEXT
 from gpu_steps import Run, Settings
 
 import qempo_fast as qf
@@ -59,13 +59,7 @@ class Group(NamedTuple):
     need: float = 3.0
 
 
-def _logps(name: str, n: int, d: int, v: int, softcap: float | None = None) -> bench_logps.Case:
-    return bench_logps.Case(f"{TEXT} {name}", n, d, v, "bfloat16", softcap=softcap)
-
-
-GEMMA = _logps("Gemma-2-2B head", 2048, 2304, 256000, 30.0)
-SMOLLM2 = _logps("SmolLM2-135M head", 2048, 576, 49152)
-LLAMA = tuple(_logps("Llama-3-8B head", n, 4096, 128256) for n in (64, 256))
+LLAMA = tuple(bench_logps.Case(f"{TEXT} Llama-3-8B head", n, 4096, 128256, "bfloat16") for n in (64, 256))
 DPP = tuple(bench_dpp.Case(4096, k, d) for k in (8, 16) for d in (384, 1024))
 LOSSES = (*(bench_losses.Case(name, 4096, 8) for name in ("dpo", "qempo", "grpo")), bench_losses.Case("rspo", 4096, 8))
 SMALL = bench_logps.Case(f"{TEXT} small", 64, 32, 512, "bfloat16")

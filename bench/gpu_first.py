@@ -21,6 +21,7 @@ from gpu_steps import ROOT, Child, Run, Settings
 TESTS: dict[str, str] = {
     "test_kernels": "segment_sum",
     "test_logps_triton": "",
+    "test_logps_tiles": "",
     "test_dpp_triton": "",
     "test_losses_triton": "",
     "test_dpp_cuda": "gpu",

@@ -86,6 +86,18 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def gpu_is_lost() -> bool:
+    """Whether an illegal access has cost this process its GPU: what is to come needs another. It imports no torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def die_with_parent() -> None:
     """Linux kills this process when the one that started it goes: a cut run leaves nothing running on the GPU."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)

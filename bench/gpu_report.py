@@ -7,7 +7,6 @@ to it) goes after that test, so that xdist starts another and the tests after it
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import Counter
 from typing import Any
@@ -27,18 +26,6 @@ def _message(report: Any) -> str:
     return " ".join(str(getattr(report, "longreprtext", "")).split())[-300:]
 
 
-def _broken() -> bool:
-    """Whether this process's GPU context is lost."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
-
-
 class Worker:
     """In each process that runs tests."""
 
@@ -50,7 +37,7 @@ class Worker:
     # Last: xdist has sent the report by then.
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self) -> None:
-        if self.failed and _broken():
+        if self.failed and gpu_lines.gpu_is_lost():
             os._exit(70)
         self.failed = False
 

@@ -216,17 +216,6 @@ def attempt(name: str, run: Callable[[], float]) -> tuple[float | None, str | No
     return wrong, None if wrong <= limit else f"relative error {wrong:.2e}, wanted at most {limit:.0e}"
 
 
-def broken() -> bool:
-    """Whether an illegal access has cost this process its GPU: the checks to come need another."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="*", choices=list(OPS), default=list(OPS))
@@ -254,7 +243,7 @@ def main() -> None:
             if lines is not None:
                 columns = {"op": op, "backend": args.backend, "check": name, "under": under}
                 lines.write("kernel", **columns, ok=why is None, error=wrong, reason=why, quiet=True)
-            if why and under is None and broken():
+            if why and under is None and gpu_lines.gpu_is_lost():
                 again = [w for i, w in enumerate(sys.argv) if "--skip" not in (w, sys.argv[i - 1])]
                 os.execv(sys.executable, [sys.executable, "-P", *again, "--skip", str(count)])
     print(f"{count - failed} passed, {failed} failed")

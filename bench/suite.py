@@ -18,7 +18,7 @@ import datetime
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +63,11 @@ class Set(NamedTuple):
     memory: bool = False
     timed: bool = True
     rounds: int = 100
+
+
+def gpu_set(cases: Sequence[Any], providers: Iterable[str]) -> Set:
+    """Of a GPU, where minutes are few: no peers that compile; bench/gpu_run.sh second has those for four cases."""
+    return Set(cases, tuple(p for p in providers if "compile" not in p), rounds=2)
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from bench_modules import BENCH, load
 from typer.testing import CliRunner
 
 from qempo_fast.cli import app
 from qempo_fast.cli.bench import folder
 
-BENCH = Path(__file__).parent.parent / "bench"
 MODES = {"forward", "backward", "full"}
 
 
@@ -31,16 +29,6 @@ def _run(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
     )
-
-
-def _module(name: str) -> ModuleType:
-    """One of bench's modules that imports none of the others, without a change of sys.path."""
-    spec = importlib.util.spec_from_file_location(f"qempo_bench_{name}", BENCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # dataclass looks its module up there.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _in_bench(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -133,7 +121,7 @@ def test_table_shows_ratio_and_share_of_the_floor(tiny: tuple[Path, dict[str, An
 
 def test_comparison_fails_only_past_the_tolerance(tiny: tuple[Path, dict[str, Any], str]) -> None:
     """The same rows pass; committed ratios that no turn of now comes near make the status 1; a slow turn does not."""
-    compare = _module("compare")
+    compare = load("compare")
     rows = tiny[1]["rows"]
     path = Path("then.json")
 
@@ -160,7 +148,7 @@ def test_comparison_fails_only_past_the_tolerance(tiny: tuple[Path, dict[str, An
 def test_a_folder_to_compare_with_gives_the_newest_run_on_the_device(
     tiny: tuple[Path, dict[str, Any], str], tmp_path: Path
 ) -> None:
-    results, run = _module("results"), tiny[1]
+    results, run = load("results"), tiny[1]
     better = [{**r, "provider": "better"} for r in run["rows"]]
     runs = {
         "b": run,
@@ -390,7 +378,7 @@ class _FakeCuda:
 
 def test_gpu_clock_flushes_then_spins_then_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Order on the stream: L2 overwritten, a spin that the host queues behind, and only then the first event."""
-    interleave, cuda = _module("interleave"), _FakeCuda()
+    interleave, cuda = load("interleave"), _FakeCuda()
     clock = interleave.EventClock(cuda, "cpu")
     assert clock._flush.numel() == 2048
     clock._flush.fill_(1)
@@ -439,7 +427,7 @@ def test_bad_arguments_run_nothing(words: list[str], message: str, tmp_path: Pat
 
 
 def test_newer_results_replace_a_case_as_a_whole(tmp_path: Path) -> None:
-    results = _module("results")
+    results = load("results")
     run = {"device": "cpu", "ceilings": [], "date": "2026-01-02 00:00 UTC"}
     row = {"op": "dpp", "case": "a", "threads": 1, "mode": "full"}
     old = [{**row, "provider": "ours", "median_ms": 1.0}, {**row, "provider": "peer", "median_ms": 2.0}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -16,27 +15,19 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from bench_modules import BENCH, load
 
 ROOT = Path(__file__).parent.parent
-BENCH = ROOT / "bench"
-
-
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"qempo_bench_{name}", BENCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def kit_module() -> ModuleType:
-    return _module("gpu_kit")
+    return load("gpu_kit")
 
 
 @pytest.fixture(scope="module")
 def native() -> ModuleType:
-    return _module("liger_native")
+    return load("liger_native")
 
 
 def _cache(folder: Path, key: str, name: str) -> None:

@@ -349,8 +349,13 @@ def test_the_profilers_names_are_the_kernels() -> None:
 
 
 def test_the_tests_of_the_first_call_are_there() -> None:
+    """And `make standin` has them, but for the launches of the stress, of which nothing is seen where none runs."""
+    makefile = (ROOT / "Makefile").read_text()
+    files = re.search(r"foreach f,([\w ]+),", makefile)[1].split()
     done = python(
+        f"files = {[f'test_{f}' for f in files]!r}\n"
         "import gpu_first\n"
+        "assert sorted(files) == sorted(set(gpu_first.TESTS) - {'test_losses_stress'}), files\n"
         "missing = [n for n in gpu_first.TESTS if not (gpu_first.ROOT / 'tests' / f'{n}.py').is_file()]\n"
         "assert not missing, missing\n"
         "words = gpu_first.selection(False)\n"

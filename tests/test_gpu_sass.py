@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from bench_modules import BENCH, load
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
 
-SCRIPT = Path(__file__).parent.parent / "bench" / "gpu_sass.py"
+SCRIPT = BENCH / "gpu_sass.py"
 
 
 @pytest.fixture(scope="module")
 def sass() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_sass", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("gpu_sass")
 
 
 def test_innermost_loops_and_the_shortest_way_through(sass: ModuleType) -> None:

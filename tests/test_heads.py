@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from bench_modules import load
 
 # (columns kept at tau 2^-7, 2^-9, 2^-11) that SmolLM2 keeps of English text, by the rows of a chunk.
 TEXT = {1024: (0.088, 0.185, 0.347), 256: (0.041, 0.095, 0.198)}
@@ -18,11 +17,7 @@ SHAPES = [(64, 8192, 0.3), (64, 16384, 0.25)]
 
 @pytest.fixture(scope="module")
 def heads() -> ModuleType:
-    path = Path(__file__).parent.parent / "bench" / "heads.py"
-    spec = importlib.util.spec_from_file_location("qempo_bench_heads", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("heads")
 
 
 def log_probs(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
+from bench_modules import load
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
 
@@ -15,21 +12,10 @@ pytest.importorskip("triton", reason="Triton runs on Linux only")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def _bench() -> ModuleType:
-    """bench/gpu_stress.py, without a change of sys.path."""
-    path = Path(__file__).parent.parent / "bench" / "gpu_stress.py"
-    spec = importlib.util.spec_from_file_location("qempo_bench_gpu_stress", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_launch_is_as_the_first(device: torch.device) -> None:
     """2000 of each case on a GPU, alone and on two streams among the others; in the interpreter 2 of small ones."""
     on_gpu = device.type == "cuda"
-    rows = list(_bench().stress(device, 2000 if on_gpu else 2, small=not on_gpu))
+    rows = list(load("gpu_stress").stress(device, 2000 if on_gpu else 2, small=not on_gpu))
     assert len(rows) == 13
     for row in rows:
         assert row["different_alone"] == row["different_among"] == 0, row
@@ -37,7 +23,7 @@ def test_every_launch_is_as_the_first(device: torch.device) -> None:
 
 def test_a_launch_that_differs_is_counted(device: torch.device) -> None:
     """One bit of one coefficient, and a NaN that was there before is no difference."""
-    bench, results = _bench(), []
+    bench, results = load("gpu_stress"), []
     for low in (1.0, 1.0, 1.0000001, 1.0):
         results.append((torch.tensor(2.0, device=device), torch.tensor([float("nan"), low], device=device)))
     each = iter(results)
@@ -56,7 +42,7 @@ def test_the_cases_have_several_programs(device: torch.device, monkeypatch: pyte
     programs: list[int] = []
     for module in (loss_contrastive, loss_groups, loss_pairs, loss_risk, loss_tokens):
         monkeypatch.setattr(module, "launch", lambda kernel, n, *rest, **more: programs.append(n))
-    calls = _bench().cases(device, small=device.type != "cuda")
+    calls = load("gpu_stress").cases(device, small=device.type != "cuda")
     for call in calls.values():
         call()
     assert dict(zip(calls, programs, strict=True)).pop("rspo one group") == 1
