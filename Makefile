@@ -25,7 +25,7 @@ GPU_TESTS = segment_sum or triton or tiles or waits or add_rows or smoke or $(if
 STANDIN ?= launch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-integrations lint format bench compile standin gpu-kit clean
+.PHONY: help setup demo test test-integrations lint docs format bench compile standin gpu-kit clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,13 +68,23 @@ lint: setup ## ruff, clang-format, mypy
 	$(CXX_FILES) | xargs -r $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
+docs: $(VENV)/.qempo-docs ## the site, into build/docs; a warning is an error, a broken link is a warning
+	rm -rf build/docs
+	$(BIN)/sphinx-build --fail-on-warning --fresh-env --quiet -c docs -d build/doctrees . build/docs
+	@echo "wrote build/docs/index.html"
+
+# The package is there already, so pip adds only what the extra asks for.
+$(VENV)/.qempo-docs: $(STAMP)
+	$(PIP) install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) "qempo-fast[docs]"
+	touch $@
+
 format: setup ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(CXX_FILES) | xargs -r $(BIN)/clang-format -i
 
-# Alone on the machine: 25 minutes on two cores. ARGS=--quick for under a minute.
-bench: setup ## time the ops against their peers, into bench/results/<device>-<date>.json
+# Alone on the machine: 25 minutes on two cores. ARGS=--quick for 2 to 3.
+bench: setup ## time the ops against their peers, into bench/results/<device>.jsonl
 	HF_HUB_OFFLINE=1 $(BIN)/qempo-fast bench --json bench/results $(ARGS)
 
 compile: setup $(OTHER_TRITON)/.qempo-setup ## compile every Triton kernel for GPUs that need not be here
@@ -95,7 +105,7 @@ KIT_PYTHON ?= python3.12
 KIT_VENV ?=
 PEER ?=
 gpu-kit: ## build .gpu/, what travels to a machine with a GPU (PEER=liger brings Liger's native head too)
-	$(PYTHON) -P bench/gpu_kit.py build --python $(KIT_PYTHON) $(if $(KIT_VENV),--venv $(KIT_VENV)) \
+	$(PYTHON) -P bench/gpu/kit.py build --python $(KIT_PYTHON) $(if $(KIT_VENV),--venv $(KIT_VENV)) \
 		$(if $(PEER),--peer $(PEER)) $(ARGS)
 
 clean: ## remove .venv and everything built

@@ -9,6 +9,7 @@ python examples/trl_groups.py --loss dqo --model Qwen/Qwen3-0.6B
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
@@ -26,13 +27,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
 
-    extra = {}
-    if options.loss == "dqo":
-        extra["loss_kwargs"] = {"alpha": 0.3}
-    elif options.loss == "qempo_kl":
-        constraint = qf.QualityConstraint(min_reward=0.9, lam=10.0, lr=0.1, step="multiplicative")
-        extra["callbacks"] = [QualityConstraintCallback(constraint)]
-
     seen: list[str] = []
 
     def keep(completions: list[str], **_: object) -> list[float]:
@@ -42,6 +36,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = model_and_tokenizer(options.model, Path(folder) / "model")
         batch = {"per_device_train_batch_size": 32, "num_generations": 16, "max_completion_length": 3}
+        extra = {}
+        if options.loss == "dqo":
+            extra["loss_kwargs"] = {"alpha": 0.3}
+        elif options.loss == "qempo_kl":
+            # (1 + mu) * nats / step: nats, the most entropy that an answer can have; step, what one word more is worth
+            # in the reward. docs/losses.md, "The line to start from", has what lower ceilings give here.
+            words, mu = batch["max_completion_length"], 1.0
+            nats, step = words * math.log(len(tokenizer)), 1 / words
+            ceiling = (1 + mu) * nats / step
+            held = {"lam": ceiling, "lam_max": ceiling, "mu": mu, "lr": 1.0, "step": "multiplicative"}
+            constraint = qf.QualityConstraint(min_reward=0.9, **held)
+            extra["callbacks"] = [QualityConstraintCallback(constraint)]
         rate = 1e-6 if options.model else 1e-2
         args = GRPOConfig(folder, max_steps=options.steps, learning_rate=rate, **batch, **QUIET)
         trainer = GroupTrainer(

@@ -40,7 +40,7 @@ def span(offsets_ptr, g, M, k, LARGEST: tl.constexpr = LARGEST):
 
 @triton.jit
 def kept_in(kept_ptr, offsets_ptr, M, k, LARGEST: tl.constexpr = LARGEST):
-    """P, Q, the rows' and the groups' numbers in the slab of qempo_fast/_dpp_gpu.py, and the pitch of P and Q."""
+    """P, Q, the rows' and the groups' numbers in the slab of qempo_fast/dpp/_gpu.py, and the pitch of P and Q."""
     rows = tl.zeros((), tl.int64) + M
     pitch = rows * 0 + k if offsets_ptr is None else tl.minimum(rows, LARGEST)
     q_ptr = kept_ptr + (rows * pitch + 1) // 2 * 2

@@ -40,6 +40,22 @@ def total(value, room_ptr, out_ptr):
 
 
 @triton.jit
+def own_rows(B, BLOCK: tl.constexpr):
+    """The rows of this program, and which of them there are."""
+    b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return b, b < B
+
+
+@triton.jit
+def store_rows(loss, b, live, room_ptr, out_ptr, REDUCTION: tl.constexpr):
+    """Store the losses of rows b, each its own for "none", else the sum of all."""
+    if REDUCTION == "none":
+        tl.store(out_ptr + b, loss.to(out_ptr.dtype.element_ty), mask=live)
+    else:
+        total(tl.sum(tl.where(live, loss, 0.0), 0), room_ptr, out_ptr)
+
+
+@triton.jit
 def spans(offsets_ptr, g, G, S, k):
     """First row and size of each group of a block g, cut to [0, S), and whether its offsets are wrong."""
     live = g < G

@@ -190,17 +190,7 @@ def _dpp_bwd_kernel(
                 tl.store(out, sums.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-def dpp_fwd(
-    x: torch.Tensor,
-    log_quality: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    groups: int,
-    k: int,
-    ridge: float,
-    normalize: bool,
-    kept: torch.Tensor,
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> None:
+def dpp_fwd(x, log_quality, offsets, groups, k, ridge, normalize, kept, out) -> None:
     """Fill out = (logdet, gains, baselines) and kept.
 
     Args:
@@ -211,7 +201,7 @@ def dpp_fwd(
         k: size of equal groups; 0 with offsets.
         ridge: above 0.
         normalize: whether rows are scaled to length 1.
-        kept: float64, laid out by kept_parts of qempo_fast/_dpp_gpu.py.
+        kept: float64, laid out by kept_parts of qempo_fast/dpp/_gpu.py.
         out: (G,), (M,), (M,) float32.
     """
     rows = groups * k or x.shape[0]
@@ -225,15 +215,7 @@ def dpp_fwd(
             _dpp_careful_kernel[(groups,)](*tensors, *sizes, NORMALIZE=normalize, **share.careful)
 
 
-def dpp_bwd(
-    x: torch.Tensor,
-    offsets: torch.Tensor | None,
-    groups: int,
-    k: int,
-    normalize: bool,
-    kept: torch.Tensor,
-    grads: tuple[torch.Tensor | None, ...],
-) -> None:
+def dpp_bwd(x, offsets, groups, k, normalize, kept, grads) -> None:
     """Fill the gradients of x and log_quality.
 
     Args:

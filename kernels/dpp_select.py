@@ -5,7 +5,6 @@ Float32 products would order rows whose gains differ by less than 1e-7. Formulae
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -65,15 +64,7 @@ def _dpp_select_kernel(
             a -= c[:, None] * c[None, :]
 
 
-def dpp_select(
-    x: torch.Tensor,
-    log_quality: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    groups: int,
-    k: int,
-    ridge: float,
-    picks: torch.Tensor,
-) -> None:
+def dpp_select(x, log_quality, offsets, groups, k, ridge, picks) -> None:
     """Fill picks (G, n) int64, positions within each group; -1 for a group that is not finite or has wrong offsets.
 
     Args:

@@ -262,18 +262,7 @@ def _candidates(size: str, x: torch.Tensor, w: torch.Tensor, plain: bool) -> lis
     return blocks + [b._replace(specialize=True, programs=1) for b in able]
 
 
-def fused_fwd(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    inv_t: torch.Tensor | None,
-    targets: torch.Tensor,
-    stats: Stats,
-    floor: torch.Tensor | None,
-    columns: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> None:
+def fused_fwd(x, w, bias, inv_t, targets, stats, floor, columns, scale, softcap) -> None:
     """Statistics of each row over all of w's columns, and the column bounds where wanted.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -59,18 +58,7 @@ def _logps_targets_kernel(
     tl.store(forced_ptr + (n // chunk) * V + at, 1, mask=here)
 
 
-def target_scores(
-    h: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    inv_t: torch.Tensor | None,
-    targets: torch.Tensor,
-    floor: torch.Tensor,
-    forced: torch.Tensor,
-    chunk: int,
-    scale: float,
-    softcap: float | None,
-) -> None:
+def target_scores(h, w, bias, inv_t, targets, floor, forced, chunk, scale, softcap) -> None:
     """Write the logit of each row's target, -inf where it is outside of w, and mark the targets of each chunk of rows.
 
     Args:

@@ -291,16 +291,7 @@ def tile_shape(z: torch.Tensor) -> str:
     return f"{z.shape[0]} x {z.shape[1]} {str(z.dtype).removeprefix('torch.')}"
 
 
-def _rows(
-    z: torch.Tensor,
-    bias: torch.Tensor | None,
-    inv_t: torch.Tensor | None,
-    targets: torch.Tensor,
-    stats: Stats,
-    v0: int,
-    scale: float,
-    softcap: float | None,
-) -> None:
+def _rows(z, bias, inv_t, targets, stats, v0, scale, softcap) -> None:
     """Add one tile of logits to the running statistics of its rows."""
     n, c = z.shape
     sizes = _sizes(z.device)
@@ -330,19 +321,7 @@ def _rows(
     run(block, stats)
 
 
-def _columns(
-    z: torch.Tensor,
-    bias: torch.Tensor | None,
-    inv_t: torch.Tensor | None,
-    targets: torch.Tensor,
-    stats: Stats,
-    floor: torch.Tensor,
-    columns: torch.Tensor,
-    v0: int,
-    scale: float,
-    softcap: float | None,
-    rows: bool,
-) -> None:
+def _columns(z, bias, inv_t, targets, stats, floor, columns, v0, scale, softcap, rows) -> None:
     """Log bounds of the columns of one tile, and with rows what _rows does."""
     n, c = z.shape
     sizes = _sizes(z.device)
@@ -370,18 +349,7 @@ def _columns(
         merge_splits(parts, stats)
 
 
-def tile_fwd(
-    z: torch.Tensor,
-    bias: torch.Tensor | None,
-    inv_t: torch.Tensor | None,
-    targets: torch.Tensor,
-    stats: Stats,
-    floor: torch.Tensor | None,
-    columns: torch.Tensor | None,
-    v0: int,
-    scale: float,
-    softcap: float | None,
-) -> None:
+def tile_fwd(z, bias, inv_t, targets, stats, floor, columns, v0, scale, softcap) -> None:
     """Add one tile of logits to the running statistics of its rows, and where wanted bound its columns.
 
     The log bound of a column for each COLUMN_ROWS rows is their maximum of z - max(log-sum-exp of the tiles before this

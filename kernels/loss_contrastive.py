@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ._common import Signature
 from ._launch import cdiv, power_of_2
-from ._loss import exponential, log1p, number, softplus, total
+from ._loss import exponential, log1p, number, own_rows, softplus, store_rows
 from ._loss_launch import LAUNCH, bits, block_of, launch, scalar, tile
 
 
@@ -69,8 +69,7 @@ def _epa_loss_kernel(
     COLUMNS: tl.constexpr,
 ):
     dtype: tl.constexpr = positive_ptr.dtype.element_ty
-    b = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = b < B
+    b, live = own_rows(B, ROWS)
     scale = number(beta)
     own = tl.load(positive_ptr + b, mask=live, other=0.0).to(tl.float64)
     own -= tl.load(ref_positive_ptr + b, mask=live, other=0.0).to(tl.float64)
@@ -97,10 +96,7 @@ def _epa_loss_kernel(
     tl.store(coef_positive_ptr + b, (-slope).to(dtype), mask=live)
     _spread(strong_ptr, ref_strong_ptr, coef_strong_ptr, b, strong, B, own, scale, top, weight, COLUMNS)
     _spread(weak_ptr, ref_weak_ptr, coef_weak_ptr, b, weak, B, own, scale, top, weight, COLUMNS)
-    if REDUCTION == "none":
-        tl.store(out_ptr + b, loss.to(dtype), mask=live)
-    else:
-        total(tl.sum(tl.where(live, loss, 0.0), 0), room_ptr, out_ptr)
+    store_rows(loss, b, live, room_ptr, out_ptr, REDUCTION)
 
 
 @triton.jit(do_not_specialize=["B", "models", "beta", "gamma"])
@@ -119,8 +115,7 @@ def _poft_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     dtype: tl.constexpr = logps_ptr.dtype.element_ty
-    b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = b < B
+    b, live = own_rows(B, BLOCK)
     aligned = tl.zeros((BLOCK,), tl.float64)
     for m in range(0, models):
         aligned += tl.load(aligned_ptr + b * models + m, mask=live, other=0.0).to(tl.float64)
@@ -135,22 +130,11 @@ def _poft_loss_kernel(
         loss *= share
         coef *= share
     tl.store(coef_ptr + b, coef.to(dtype), mask=live)
-    if REDUCTION == "none":
-        tl.store(out_ptr + b, loss.to(dtype), mask=live)
-    else:
-        total(tl.sum(tl.where(live, loss, 0.0), 0), room_ptr, out_ptr)
+    store_rows(loss, b, live, room_ptr, out_ptr, REDUCTION)
 
 
 def epa_loss_fwd(
-    positive: torch.Tensor,
-    strong: torch.Tensor,
-    weak: torch.Tensor,
-    ref_positive: torch.Tensor,
-    ref_strong: torch.Tensor,
-    ref_weak: torch.Tensor,
-    *,
-    beta: float = 0.1,
-    reduction: str = "mean",
+    positive, strong, weak, ref_positive, ref_strong, ref_weak, *, beta=0.1, reduction="mean"
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """log(1 + sum_j e^{u_j - u_+}), u = beta (l - f), j over the strong and weak negatives, and its derivatives.
 
@@ -186,13 +170,7 @@ def epa_loss_fwd(
 
 
 def poft_loss_fwd(
-    logps: torch.Tensor,
-    lengths: torch.Tensor,
-    aligned_mean_logps: torch.Tensor,
-    *,
-    beta: float = 1.0,
-    gamma: float = 0.0,
-    reduction: str = "mean",
+    logps, lengths, aligned_mean_logps, *, beta=1.0, gamma=0.0, reduction="mean"
 ) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
     """-log s(h), h = beta l/|y| - beta mean_m(aligned) + gamma, and its derivative.
 

@@ -127,16 +127,7 @@ def _launch(
 
 
 def group_loss_fwd(
-    logps: torch.Tensor,
-    ref_logps: torch.Tensor | None,
-    rewards: torch.Tensor,
-    *,
-    alpha: float | None,
-    beta: float,
-    group_size: int | None = None,
-    offsets: torch.Tensor | None = None,
-    baseline: str = "loo",
-    bonus: torch.Tensor | None = None,
+    logps, ref_logps, rewards, *, alpha, beta, group_size=None, offsets=None, baseline="loo", bonus=None
 ) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
     """-mean A_i l_i, A_i = S_i - baseline + bonus_i, S_i = r_i - alpha l_i + beta f_i, and -A_i / S.
 
@@ -156,14 +147,7 @@ def group_loss_fwd(
 
 
 def variance_loss_fwd(
-    logps: torch.Tensor,
-    ref_logps: torch.Tensor | None,
-    rewards: torch.Tensor,
-    *,
-    alpha: float,
-    beta: float,
-    group_size: int | None = None,
-    offsets: torch.Tensor | None = None,
+    logps, ref_logps, rewards, *, alpha, beta, group_size=None, offsets=None
 ) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
     """Mean over groups of sum d_i^2 / (2 (k - 1)), d_i the mean of S less S_i, and alpha d_i / ((k - 1) G).
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ._common import Signature
 from ._launch import cdiv, power_of_2
-from ._loss import number, softplus, total
+from ._loss import number, own_rows, softplus, store_rows
 from ._loss_launch import LAUNCH, bits, block_of, launch, scalar
 
 
@@ -31,8 +31,7 @@ def _pair_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     dtype: tl.constexpr = chosen_ptr.dtype.element_ty
-    b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = b < B
+    b, live = own_rows(B, BLOCK)
     weight = number(alpha)
     chosen = tl.load(chosen_ptr + b, mask=live, other=0.0).to(tl.float64)
     h = weight * (chosen - tl.load(rejected_ptr + b, mask=live, other=0.0).to(tl.float64))
@@ -56,22 +55,11 @@ def _pair_loss_kernel(
         loss *= share
     tl.store(coef_chosen_ptr + b, coef.to(dtype), mask=live)
     tl.store(coef_rejected_ptr + b, (-coef).to(dtype), mask=live)
-    if REDUCTION == "none":
-        tl.store(out_ptr + b, loss.to(dtype), mask=live)
-    else:
-        total(tl.sum(tl.where(live, loss, 0.0), 0), room_ptr, out_ptr)
+    store_rows(loss, b, live, room_ptr, out_ptr, REDUCTION)
 
 
 def pair_loss_fwd(
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    ref_chosen: torch.Tensor | None,
-    ref_rejected: torch.Tensor | None,
-    *,
-    alpha: float,
-    beta: float,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
+    chosen, rejected, ref_chosen, ref_rejected, *, alpha, beta, label_smoothing=0.0, reduction="mean"
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """-(1 - e) log s(h) - e log s(-h), h = alpha (l_w - l_l) - beta (f_w - f_l), and its derivatives.
 

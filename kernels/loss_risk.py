@@ -110,13 +110,7 @@ def _widths(n: int, groups: int, ragged: bool, elements: int) -> tuple[int, int,
 
 
 def rspo_loss_fwd(
-    logps: torch.Tensor,
-    rewards: torch.Tensor,
-    *,
-    k: int,
-    group_size: int | None = None,
-    offsets: torch.Tensor | None = None,
-    baseline: str = "loo",
+    logps, rewards, *, k, group_size=None, offsets=None, baseline="loo"
 ) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
     """-mean k w_i l_i, w_i the mean over (k-1)-subsets T of the others of (r_i - max_T r)_+, and -k w_i / S.
 

@@ -1,4 +1,4 @@
-"""The GRPO family's clipped surrogate over sequences of tokens, with its coefficients, in one launch."""
+"""The GRPO family: a surrogate of importance ratios over sequences of tokens, with its coefficients, in one launch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from ._launch import cdiv, processors
 from ._loss import exponential, number, spans, total, uncovered
 from ._loss_launch import LAUNCH, bits, block_of, flat, launch, scalar, tile
 from ._softmax import expm1
+
+# Each is a function of its name below, which the kernel calls: the loss of a ratio rho = e^x, and its derivative by x.
+SURROGATES = ("clip",)
+
+
+@triton.jit
+def _clip(x, rho, a, floor, ceiling):
+    """-min(rho A, clip(rho) A)."""
+    clipped = tl.where(a > 0, rho > ceiling, rho < floor) | (a == 0)
+    bounded = tl.where(rho < floor, floor, tl.where(rho > ceiling, ceiling, rho))
+    # The slope is 0 where clipped, and NaN for an advantage that is not finite, which no one has checked on a GPU.
+    return -a * tl.where(clipped, bounded, rho), tl.where(clipped, a - a, -a * rho)
 
 
 @triton.jit(do_not_specialize=["N", "S", "parts", "kl", "eps_low", "eps_high", "limit"])
@@ -32,6 +44,7 @@ def _token_loss_kernel(
     limit: tl.int64,
     SEQUENCE: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SURROGATE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -73,11 +86,8 @@ def _token_loss_kernel(
         else:
             x = own - tl.load(old_ptr + at, mask=live, other=0.0)
         rho = exponential(x)
-        clipped = tl.where(a > 0, rho > ceiling, rho < floor) | (a == 0)
-        bounded = tl.where(rho < floor, floor, tl.where(rho > ceiling, ceiling, rho))
-        value = -a * tl.where(clipped, bounded, rho)
-        # 0, and NaN for an advantage that is not finite, which no one has checked on a GPU.
-        slope = tl.where(clipped, a - a, -a * rho)
+        if SURROGATE == "clip":
+            value, slope = _clip(x, rho, a, floor, ceiling)
         if ref_ptr is not None:
             d = tl.load(ref_ptr + at, mask=live, other=0.0) - own
             m = tl.where(tl.abs(d) < 0.5, expm1(d), exponential(d) - 1.0)
@@ -93,19 +103,10 @@ def _token_loss_kernel(
 
 
 def token_loss_fwd(
-    token_logps: torch.Tensor,
-    old_token_logps: torch.Tensor,
-    advantages: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    ref_token_logps: torch.Tensor | None = None,
-    kl: float = 0.0,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    ratio: str = "token",
-    normalize: str | float = "sequence",
-) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
-    """Sum over tokens of norm_it (-min(rho A, clip(rho) A) + kl (e^d - d - 1)), d = ref - l, and its derivative.
+    token_logps, old_token_logps, advantages, cu_seqlens, *, ref_token_logps=None,
+    kl=0.0, eps_low=0.2, eps_high=0.2, ratio="token", normalize="sequence", surrogate="clip",
+) -> tuple[torch.Tensor, tuple[torch.Tensor]]:  # fmt: skip
+    """Sum over tokens of norm_it (surrogate(rho, A) + kl (e^d - d - 1)), d = ref - l, and its derivative.
 
     Args:
         token_logps, old_token_logps: (N,) contiguous, float32 or float64.
@@ -116,10 +117,13 @@ def token_loss_fwd(
         kl, eps_low, eps_high: as in qempo_fast.grpo_loss.
         ratio: "token" or "sequence".
         normalize: "sequence", "token" or T_max.
+        surrogate: one of SURROGATES.
 
     Returns:
         The loss, a scalar, and its derivative by token_logps, (N,).
     """
+    if surrogate not in SURROGATES:
+        raise ValueError(f"surrogate: wanted {' or '.join(map(repr, SURROGATES))}, got {surrogate!r}")
     n, count = token_logps.shape[0], cu_seqlens.shape[0] - 1
     if n == 0 or count == 0:
         return token_logps.new_zeros(()), (torch.full_like(token_logps, float("nan")),)
@@ -144,19 +148,21 @@ def token_loss_fwd(
         ),
         (coef, out),
         (n, count, parts, bits(kl), bits(eps_low), bits(eps_high), bits(limit)),
-        (ratio == "sequence", "number" if limit else normalize, rows, columns),
+        (ratio == "sequence", "number" if limit else normalize, surrogate, rows, columns),
         warps,
     )
     return out, (coef,)
 
 
-def _signature(real: str, cu: str, length: int, kl: bool, sequence: bool, normalize: str) -> Signature:
+def _signature(
+    real: str, cu: str, length: int, kl: bool, sequence: bool, normalize: str, surrogate: str = "clip"
+) -> Signature:
     elements, warps = LAUNCH["cuda:90"]
     rows, columns = tile(2**20, 2**20 // length, elements)
     pointers = ["logps_ptr", "old_ptr", "advantages_ptr", "coef_ptr", "out_ptr", *(["ref_ptr"] if kl else [])]
     types = dict.fromkeys(pointers, real) | {"cu_ptr": cu, "room_ptr": "*i64"}
     types |= dict.fromkeys(("N", "S", "parts", "kl", "eps_low", "eps_high", "limit"), "i64")
-    constants = {"SEQUENCE": sequence, "NORMALIZE": normalize, "ROWS": rows, "COLUMNS": columns}
+    constants = {"SEQUENCE": sequence, "NORMALIZE": normalize, "SURROGATE": surrogate, "ROWS": rows, "COLUMNS": columns}
     constants |= {} if kl else {"ref_ptr": None}
     return Signature(_token_loss_kernel, types, constants, hot=True, num_warps=warps)
 

@@ -1,4 +1,4 @@
-"""Which backend runs each op on each device, and why.
+"""The table of ops and their backends; which backend runs an op on a device, and why.
 
 Order of choice: the ``backend=`` argument, then ``QEMPO_BACKEND``, then the default order below. A backend
 named in the argument that cannot run raises with the reason; a default falls to the next in the order.
@@ -8,6 +8,8 @@ named in the argument that cannot run raises with the reason; a default falls to
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from typing import Any
 
 import torch
 
-from . import _check
+from . import _C, _check
+from .reference import contrastive, dpp, groups, pairs, risk, segments, tokens
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 # "reference" is plain torch and closes every list.
@@ -24,37 +27,84 @@ _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
 @dataclass(frozen=True)
-class _Kernel:
-    run: Callable[..., Any]
-    unavailable: Callable[[], str | None]
+class Op:
+    """One op. Its backend b is the function of its name in ``qempo_fast/<room>/<b>.py``, imported at the first call.
+
+    reference is its definition in plain torch; None where the room has one of its own, in ``reference.py``.
+    policy, of a loss: leading arguments that get a gradient.
+    """
+
+    room: str
+    backends: tuple[str, ...]
+    reference: Callable[..., Any] | None = None
+    policy: int = 0
 
 
-_KERNELS: dict[str, dict[str, _Kernel]] = {}
-_DEFAULTS: dict[tuple[str, torch.device, str | None], tuple[str, Callable[..., Any]]] = {}
+def _loss(reference: Callable[..., Any], policy: int = 1) -> Op:
+    return Op("losses", ("triton", "cpu"), reference, policy)
 
 
-def register(
-    op: str, backend: str, run: Callable[..., Any], unavailable: Callable[[], str | None] = lambda: None
-) -> None:
-    """Enter one implementation of op; unavailable() says why it cannot run on this machine, or None."""
-    _KERNELS.setdefault(op, {})[backend] = _Kernel(run, unavailable)
-    _DEFAULTS.clear()
+OPS = {
+    "linear_logps": Op("logps", ("triton", "cpu")),
+    "logps_from_logits": Op("logps", ("triton", "cpu")),
+    "segment_sum": Op("logps", ("triton",), segments.segment_sum),
+    "dpp": Op("dpp", ("cuda", "triton", "cpu"), dpp.dpp_fwd),
+    "dpp_select": Op("dpp", ("cuda", "triton", "cpu"), dpp.dpp_select),
+    "pair_loss": _loss(pairs.pair_loss, policy=2),
+    "epa_loss": _loss(contrastive.epa_loss, policy=3),
+    "poft_loss": _loss(contrastive.poft_loss),
+    "group_loss": _loss(groups.group_loss),
+    "variance_loss": _loss(groups.variance_loss),
+    "rspo_loss": _loss(risk.rspo_loss),
+    "token_loss": _loss(tokens.token_loss),
+    "group_advantages": Op("losses", ("cpu",), groups.group_advantages),
+}
 
 
-def needs_triton() -> str | None:
+def _no_triton() -> str | None:
     """Why no Triton kernel can run in this process, or None."""
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+def _no_cuda() -> str | None:
+    """Why the CUDA kernels cannot run here, or None."""
+    if not hasattr(_C, "dpp_cuda_fwd"):
+        return "this build holds no CUDA kernels: nvcc was not found, or QEMPO_CUDA=0"
+    if torch.version.hip is not None:
+        return "this torch is built for AMD GPUs"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 or newer"
+    return None
+
+
+# Why a backend's kernels cannot run on this machine; those that are not here can.
+_UNAVAILABLE = {"triton": _no_triton, "cuda": _no_cuda}
+_DEFAULTS: dict[tuple[str, torch.device, str | None], tuple[str, Callable[..., Any]]] = {}
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """What runs op there: the function that the table promises."""
+    row = OPS[op]
+    if backend == "reference" and row.reference is not None:
+        return row.reference
+    found: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.{row.room}.{backend}"), op)
+    return found
+
+
+def _has(op: str, backend: str) -> bool:
+    return backend == "reference" or backend in OPS[op].backends
+
+
 def _reason(op: str, backend: str, device_type: str) -> str | None:
     """Why backend cannot run op on this kind of device, or None where it can."""
-    if backend not in _KERNELS[op]:
+    if not _has(op, backend):
         return f"{op} has no {backend} kernel in this version"
     # Named outright, Triton also takes CPU tensors in its interpreter: slow, and how kernels are tested without a GPU.
     interpreted = (backend, device_type, os.environ.get("TRITON_INTERPRET")) == ("triton", "cpu", "1")
     if backend not in _ORDER.get(device_type, ("reference",)) and not interpreted:
         return f"{backend} does not run on {device_type} tensors"
-    return _KERNELS[op][backend].unavailable()
+    return _UNAVAILABLE[backend]() if backend in _UNAVAILABLE else None
 
 
 def _from_environment(op: str) -> str | None:
@@ -63,11 +113,11 @@ def _from_environment(op: str) -> str | None:
         return None
     if "=" not in value:
         _check.choice("QEMPO_BACKEND", value, NAMES)
-        return value if value in _KERNELS[op] else None
+        return value if _has(op, value) else None
     wanted = None
     for part in value.split(","):
         name, _, backend = (p.strip() for p in part.partition("="))
-        _check.choice(f"QEMPO_BACKEND, op {name}", name, sorted(_KERNELS))
+        _check.choice(f"QEMPO_BACKEND, op {name}", name, sorted(OPS))
         _check.choice(f"QEMPO_BACKEND, {name}", backend, NAMES)
         wanted = backend if name == op else wanted
     return wanted
@@ -89,7 +139,7 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> str:
 
 def kernel(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
     """The implementation of op that choose() names."""
-    return _KERNELS[op][choose(op, device, backend)].run
+    return default(op, device)[1] if backend is None else implementation(op, choose(op, device, backend))
 
 
 def default(op: str, device: torch.device) -> tuple[str, Callable[..., Any]]:
@@ -101,7 +151,7 @@ def default(op: str, device: torch.device) -> tuple[str, Callable[..., Any]]:
     found = _DEFAULTS.get(key)
     if found is None:
         name = choose(op, device)
-        found = _DEFAULTS[key] = name, _KERNELS[op][name].run
+        found = _DEFAULTS[key] = name, implementation(op, name)
     return found
 
 
@@ -136,7 +186,7 @@ def backends() -> Table:
     """
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     rows = Table()
-    for op in sorted(_KERNELS):
+    for op in sorted(OPS):
         for device in devices:
             chosen = choose(op, device)
             order = _ORDER[device.type]

@@ -214,11 +214,14 @@ class QualityConstraint(torch.nn.Module):
     the answer is near 1 or near 100.
 
     The policy answers lam only after tens of steps, and an integral winds up meanwhile: the reward overshoots
-    and entropy is lost on the way. Proportional-integral control of a multiplier (2007.03964, without its
-    derivative term) cures it: lam is high while the gap is there and falls with it. A good start for rewards in
-    [0, 1] is ``step="multiplicative", lr=0.1, kl_lr=0.02, damping=30, smoothing=0.9`` and lam at its default;
-    docs/losses.md has the measurements. Without damping start lam near its answer and keep lr small (multiplicative
-    0.05 to 0.1, additive 0.05 to 0.5). A gap in KL is often ten times one in reward: kl_lr has to be smaller.
+    and entropy is lost on the way. A good start for rewards of 0 or 1 is lam at a ceiling with a meaning,
+    the most entropy that an answer can have: ``nats = max_tokens * math.log(V)`` and ``QualityConstraint(R,
+    lam=nats, lam_max=nats, lr=1.0, step="multiplicative")``; divide nats by the step of a finer reward. Add
+    ``mu=1.0``, and twice that ceiling, (1 + mu) nats, to stay near the reference, or ``max_kl=K, kl_lr=0.02`` to
+    cap the KL. Quality comes first; above the floor lam falls and the rest buys entropy. Where no
+    ceiling is known, damping (proportional-integral control of a multiplier, 2007.03964, without its derivative
+    term) limits the overshoot: ``lr=0.1, damping=30, smoothing=0.9`` from a low lam. docs/losses.md has the
+    measurements. A gap in KL is often ten times one in reward: kl_lr has to be smaller.
 
     lam is the weight of reward against entropy. Below lam_min alpha would grow without bound (lam = 0 asks
     for the uniform policy), so lam stays at lam_min while the constraint is slack.

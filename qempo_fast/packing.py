@@ -112,7 +112,7 @@ def pack_prompts(
         hidden = model.model(**p.model_inputs(model)).last_hidden_state
         out = qf.sequence_logps(p.select(hidden), model.lm_head.weight, p.targets, p.cu_seqlens)
 
-    For a prompt of P tokens and G completions of C, P + G (C - 1) tokens are fed instead of G (P + C - 1). The
+    For a prompt of P tokens and k completions of C, P + k (C - 1) tokens are fed instead of k (P + C - 1). The
     log-probs are those of separate rows: a completion sees its prompt and itself, at the positions it would have.
 
     Args:

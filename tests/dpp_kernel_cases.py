@@ -12,7 +12,7 @@ from dpp_cases import LABELS, draw, plain
 from tolerances import assert_as_good
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qempo_fast._dpp_gpu import kept_parts
+from qempo_fast.dpp._gpu import kept_parts
 from qempo_fast.reference.dpp import DppFunction, dpp_fwd
 
 Fwd = Callable[..., Any]

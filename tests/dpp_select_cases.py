@@ -13,7 +13,7 @@ import torch
 from dpp_cases import draw
 from dpp_kernel_cases import WRONG
 
-from qempo_fast import _dpp_gpu
+from qempo_fast.dpp import _gpu
 from qempo_fast.reference.dpp import dpp_select
 
 Select = Callable[..., torch.Tensor]
@@ -192,5 +192,5 @@ def check_groups_that_are_too_small_or_too_large(select: Select, device: torch.d
     assert torch.equal(picks[2:], truth(x[69:], 4, None, offsets[2:] - 69))
 
 
-def select_by(launch: _dpp_gpu.Launchers) -> Select:
-    return functools.partial(_dpp_gpu.dpp_select, launch)
+def select_by(launch: _gpu.Launchers) -> Select:
+    return functools.partial(_gpu.dpp_select, launch)

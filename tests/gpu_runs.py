@@ -1,4 +1,4 @@
-"""What the tests of bench/gpu_run.sh share: a clean machine, a run of the script, its lines."""
+"""What the tests of bench/gpu/run.sh share: a clean machine, a run of the script, its lines."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-BENCH = ROOT / "bench"
+from bench_modules import ROOT
+
 # What the script starts; git is not among them.
 TOOLS = ("bash", "cat", "cp", "date", "dirname", "env", "mkdir", "mktemp", "realpath", "rm", "tar", "tee")
 
@@ -30,7 +30,7 @@ def clean_environment(home: Path, **env: str) -> dict[str, str]:
 
 
 def start(home: Path, *words: str, tree: Path = ROOT, **env: str) -> subprocess.Popen[str]:
-    script = str(tree / "bench" / "gpu_run.sh")
+    script = str(tree / "bench" / "gpu" / "run.sh")
     return subprocess.Popen(
         [shutil.which("bash") or "bash", script, *words], env=clean_environment(home, **env),
         cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -54,11 +54,3 @@ def lines(home: Path) -> list[dict[str, Any]]:
 
 def of(rows: list[dict[str, Any]], kind: str, **columns: Any) -> list[dict[str, Any]]:
     return [r for r in rows if r["kind"] == kind and all(r.get(k) == v for k, v in columns.items())]
-
-
-def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    begin = f"import sys; sys.path.insert(0, {str(BENCH)!r})\n"
-    return subprocess.run(
-        [sys.executable, "-P", "-c", begin + code], env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        cwd="/", capture_output=True, text=True, timeout=240,
-    )  # fmt: skip

@@ -381,6 +381,9 @@ ROWS: list[Row] = [
     ),
     ("grpo: normalize 0", call(losses.grpo_loss, *TOKENS, normalize=0), ValueError, "normalize: wanted"),
     # advantages and coefficients
+    ("policy gradient: no advantages", call(losses.policy_gradient_loss, z(4), None), TypeError, "advantages: w"),
+    ("policy gradient: NaN", call(losses.policy_gradient_loss, z(4), bad(1, NAN)), ValueError, "advantages: wanted f"),
+    ("policy gradient: lengths", call(losses.policy_gradient_loss, z(4), z(3)), ValueError, "advantages: wanted shape"),
     (
         "advantages: one",
         call(losses.group_advantages, z(4), group_size=1),

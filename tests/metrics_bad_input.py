@@ -52,6 +52,13 @@ ROWS: list[tuple[str, Callable[[], Call], type[Exception], str]] = [
         TypeError,
         "embeddings: wanted numbers",
     ),
+    (
+        "vendi, texts",
+        lambda: (metrics.vendi, (["a", "b"],), {}),
+        TypeError,
+        r"embeddings: .*\(embed first\), got texts",
+    ),
+    ("embedding_cosine, a text", lambda: (metrics.embedding_cosine, ("a",), {}), TypeError, "embed first"),
     ("vendi, empty", lambda: (metrics.vendi, ([[]],), {}), ValueError, "embeddings: wanted shape"),
     ("pass_at_k, k above n", lambda: (metrics.pass_at_k, (4, 1, 5), {}), ValueError, "k: wanted .*4, got 5"),
     (

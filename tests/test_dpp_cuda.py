@@ -35,7 +35,8 @@ from dpp_kernel_cases import (
     gradients,
 )
 
-from qempo_fast import _C, _dpp_gpu
+from qempo_fast import _C
+from qempo_fast.dpp import _gpu, cuda
 from qempo_fast.reference.dpp import DppFunction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ class _Groups(ctypes.Structure):
 
 
 class Emulated:
-    """The functions of csrc/cuda/bindings_cuda.cpp over the emulated launchers."""
+    """The functions of csrc/bindings/dpp_cuda.cpp over the emulated launchers."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -104,7 +105,7 @@ def build(sources: Path, emulation: Path, library: Path) -> Emulated:
 
 
 def forward_by(native: Any) -> Fwd:
-    return functools.partial(_dpp_gpu.dpp_fwd, _dpp_gpu.cuda_launchers(native))
+    return functools.partial(_gpu.dpp_fwd, cuda.launchers(native))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def on(native: tuple[Any, torch.device]) -> tuple[Fwd, torch.device]:
 
 @pytest.fixture
 def select_on(native: tuple[Any, torch.device]) -> tuple[selection.Select, torch.device]:
-    return selection.select_by(_dpp_gpu.cuda_launchers(native[0])), native[1]
+    return selection.select_by(cuda.launchers(native[0])), native[1]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
@@ -199,7 +200,7 @@ def _everything(native: Emulated) -> list[torch.Tensor]:
         x, q = draw(2, k, d, dtype=torch.float32), quality * draw(2, k, seed=1).abs().float()
         out = gradients(forward_by(native), x, q, torch.ones(2), draw(2, k, seed=2).float(), ridge=0.9)
         results += out.values()
-        results.append(selection.chosen(selection.select_by(_dpp_gpu.cuda_launchers(native)), CPU, x, k // 2, q))
+        results.append(selection.chosen(selection.select_by(cuda.launchers(native)), CPU, x, k // 2, q))
     return results
 
 

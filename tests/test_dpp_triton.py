@@ -25,8 +25,7 @@ from dpp_kernel_cases import (
     check_wrong_offsets,
 )
 
-from qempo_fast import _dpp_gpu
-from qempo_fast.dpp import dpp_gains, dpp_logdet
+from qempo_fast.dpp import _gpu, dpp_gains, dpp_logdet, triton
 from qempo_fast.kernels.dpp import _dpp_bwd_kernel, _dpp_fwd_kernel
 from qempo_fast.kernels.dpp_careful import _dpp_careful_kernel
 from qempo_fast.kernels.dpp_select import _dpp_select_kernel
@@ -34,8 +33,8 @@ from qempo_fast.kernels.dpp_select import _dpp_select_kernel
 # Triton's interpreter computes both sides of a `where`, and numpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-LAUNCH = _dpp_gpu.triton_launchers()
-FWD, SELECT = functools.partial(_dpp_gpu.dpp_fwd, LAUNCH), selection.select_by(LAUNCH)
+LAUNCH = triton.LAUNCHERS
+FWD, SELECT = functools.partial(_gpu.dpp_fwd, LAUNCH), selection.select_by(LAUNCH)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)

@@ -14,10 +14,11 @@ import torch
 from qempo_fast import losses as public
 from qempo_fast.constraint import target_distribution
 from qempo_fast.losses import coefficients, group_advantages
-from qempo_fast.reference import dqo, family, losses
+from qempo_fast.reference import contrastive, dqo, family, groups, pairs, risk, tokens
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
-REFERENCE = SimpleNamespace(**{**vars(family), **vars(losses), "dqo_loss": dqo.dqo_loss})
+MODULES = (contrastive, dqo, groups, pairs, risk, tokens)
+REFERENCE = SimpleNamespace(**{name: value for module in MODULES for name, value in vars(module).items()})
 APIS = pytest.mark.parametrize(
     "api", [REFERENCE, "reference", "cpu"], indirect=True, ids=["reference", "public", "public, cpu"]
 )
@@ -159,7 +160,7 @@ def test_rspo(name: str, api: Any) -> None:
     same("coef", coef, o.coef)
     same("coef, PKPO's leave-one-out-minus-one", -coef, o.pkpo_sloo_minus_one)
     same("loss", loss, -sum(o.coef))
-    same("weights", i.k * losses.rspo_weights(i.reward, k=i.k, group_size=i.n), o.rspo_weight)
+    same("weights", i.k * risk.rspo_weights(i.reward, k=i.k, group_size=i.n), o.rspo_weight)
 
 
 @APIS

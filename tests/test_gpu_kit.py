@@ -15,19 +15,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from bench_modules import BENCH, load
-
-ROOT = Path(__file__).parent.parent
+from bench_modules import BENCH, ROOT, load
 
 
 @pytest.fixture(scope="module")
 def kit_module() -> ModuleType:
-    return load("gpu_kit")
+    return load("gpu.kit")
 
 
 @pytest.fixture(scope="module")
 def native() -> ModuleType:
-    return load("liger_native")
+    return load("suite.liger_native")
 
 
 def _cache(folder: Path, key: str, name: str) -> None:
@@ -162,7 +160,7 @@ def test_a_kit_too_large_to_travel_is_refused(kit_module: ModuleType, tmp_path: 
 
 
 def _run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", str(BENCH / "gpu_kit.py"), *words]
+    command = [sys.executable, "-P", str(BENCH / "gpu" / "kit.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
 
 
@@ -171,7 +169,7 @@ def test_no_python_of_that_version_is_one_clear_line(tmp_path: Path) -> None:
         words = ("--python", name, "--venv", str(tmp_path / "venv"), "--kit", str(tmp_path / "kit"))
         done = _run("build", *words)
         assert done.returncode == 1
-        assert done.stderr == f"gpu_kit: KIT_PYTHON: wanted Python 3.12, {name} is {version}\n"
+        assert done.stderr == f"gpu/kit: KIT_PYTHON: wanted Python 3.12, {name} is {version}\n"
         assert not (tmp_path / "kit").exists()
 
 

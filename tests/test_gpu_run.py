@@ -1,4 +1,4 @@
-"""bench/gpu_run.sh rehearsed without a GPU: both calls whole, and cut at any moment."""
+"""bench/gpu/run.sh rehearsed without a GPU: both calls whole, and cut at any moment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_runs import ROOT, end, lines, of, start
+from bench_modules import ROOT
+from gpu_runs import end, lines, of, start
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
 pytest.importorskip("xdist", reason="the run's tests are shared out by pytest-xdist")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -15,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gpu_runs import BENCH, ROOT, clean_environment, end, lines, of, python, start
+from bench_modules import BENCH, ROOT, load, python
+from gpu_runs import clean_environment, end, lines, of, start
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
 pytest.importorskip("xdist", reason="the run's tests are shared out by pytest-xdist")
@@ -25,9 +25,13 @@ pytest.importorskip("xdist", reason="the run's tests are shared out by pytest-xd
 def small_tree(tmp_path: Path) -> Path:
     """A repository whose first call takes seconds, and whose own qempo_fast has no compiled part."""
     tree = tmp_path / "tree"
-    (tree / "bench").mkdir(parents=True)
-    for name in ("gpu_run.sh", "gpu_env.py", "gpu_kit.py", "gpu_lines.py", "gpu_report.py", "gpu_steps.py"):
-        shutil.copy(BENCH / name, tree / "bench")
+    for folder, names in (
+        ("gpu", ("run.sh", "__init__.py", "env.py", "kit.py", "lines.py", "plugin.py", "steps.py")),
+        ("suite", ("__init__.py", "provenance.py")),
+    ):
+        (tree / "bench" / folder).mkdir(parents=True)
+        for name in names:
+            shutil.copy(BENCH / folder / name, tree / "bench" / folder)
     (tree / "qempo_fast").mkdir()
     (tree / "qempo_fast" / "__init__.py").write_text("raise ImportError('the repository, not what is installed')\n")
     return tree
@@ -36,18 +40,18 @@ def small_tree(tmp_path: Path) -> Path:
 ITEMS = """
 import functools, os, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, str(Path(__file__).parent))
-import gpu_steps
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpu import steps
 
 def bad():
     raise ValueError("wrong by 3\\nsecond line")
 
 def body(run):
     run.settings.rehearse = False
-    with gpu_steps.children() as alive:
+    with steps.children() as alive:
         # It outlives a program that crashes beside it, in a second start.
-        words = gpu_steps.python("-c", "import time; time.sleep(2)")
-        alive.append(gpu_steps.Child(run, "beside", words, Path(os.environ["OUT"]) / "log.txt", 20))
+        words = steps.python("-c", "import time; time.sleep(2)")
+        alive.append(steps.Child(run, "beside", words, Path(os.environ["OUT"]) / "log.txt", 20))
         run.do("time", "early", functools.partial(os.kill, os.getpid(), signal.SIGSEGV), provider="early")
         alive[0].wait()
     run.do("time", "good", lambda: {"full_ms": 1.0}, provider="good")
@@ -59,12 +63,12 @@ def body(run):
     run.do("time", "last", lambda: [{"full_ms": 1.0}, {"full_ms": 2.0}], provider="last")
 
 if __name__ == "__main__":
-    gpu_steps.main(body)
+    steps.main(body)
 """
 
 
 def test_an_item_that_raises_crashes_or_hangs_costs_itself_alone(small_tree: Path, tmp_path: Path) -> None:
-    (small_tree / "bench" / "gpu_first.py").write_text(ITEMS)
+    (small_tree / "bench" / "gpu" / "first.py").write_text(ITEMS)
     process = start(tmp_path, "first", tree=small_tree, LIMIT="200")
     out, err = end(process, 120)
     assert process.returncode == 0, out + err
@@ -88,22 +92,22 @@ def test_an_item_that_raises_crashes_or_hangs_costs_itself_alone(small_tree: Pat
 IMPORTS = """
 import os, sys
 from pathlib import Path
-sys.path.insert(0, str(Path(__file__).parent))
-import gpu_steps
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpu import steps
 
 def body(run):
     import qempo_fast, peer
     cache = Path(os.environ["TRITON_CACHE_DIR"])
     held = [str(p.relative_to(cache)) for p in cache.rglob("*.cubin")]
     run.lines.write("imported", **{"from": qempo_fast.__file__, "peer": peer.__file__, "cache": held})
-    words = gpu_steps.pytest_words(run.settings, 1, "tests/test_it.py")
+    words = steps.pytest_words(run.settings, 1, "tests/test_it.py")
     run.settings.rehearse = False
-    with gpu_steps.children() as alive:
-        alive.append(gpu_steps.Child(run, "tests", words, Path(os.environ["OUT"]) / "tests.txt", 12))
+    with steps.children() as alive:
+        alive.append(steps.Child(run, "tests", words, Path(os.environ["OUT"]) / "tests.txt", 12))
         alive[0].wait()
 
 if __name__ == "__main__":
-    gpu_steps.main(body)
+    steps.main(body)
 """
 
 
@@ -134,7 +138,7 @@ def test_what_the_kit_brings_is_used_and_not_the_repositorys(small_tree: Path, t
     Of the tests one hangs: they are stopped in time, and say what failed.
     """
     pytest.importorskip("pip", reason="the kit's wheels are installed by pip")
-    (small_tree / "bench" / "gpu_first.py").write_text(IMPORTS)
+    (small_tree / "bench" / "gpu" / "first.py").write_text(IMPORTS)
     (small_tree / "tests").mkdir()
     (small_tree / "tests" / "test_it.py").write_text(
         "import os, qempo_fast\n"
@@ -193,7 +197,7 @@ def test_a_kit_that_will_not_do_is_refused_in_one_line(tmp_path: Path) -> None:
         assert process.returncode == 2
         assert out == ""
         assert len(err.splitlines()) == 1, err
-        assert err.startswith("gpu_run: ")
+        assert err.startswith("gpu/run: ")
         assert said in err
         assert not (tmp_path / "out" / "results.jsonl").exists() or lines(tmp_path) == []
 
@@ -222,21 +226,21 @@ def test_the_cards_name_and_state_are_read(tmp_path: Path) -> None:
     fake.write_text(f'#!/usr/bin/env bash\necho "{told}"\n')
     fake.chmod(0o755)
     (tmp_path / "out").mkdir()
-    words = [sys.executable, "-P", str(BENCH / "gpu_env.py"), "--out", str(tmp_path / "out")]
+    words = [sys.executable, "-P", str(BENCH / "gpu" / "env.py"), "--out", str(tmp_path / "out")]
     subprocess.run(words, env=environment, check=True, capture_output=True)
     (row,) = lines(tmp_path)
     assert (row["device"], row["chip"]) == ("NVIDIA H100 80GB HBM3", "h100")
     assert (row["driver_version"], row["clocks.sm"], row["mig.mode.current"]) == ("580.159.04", "345 MHz", "Disabled")
     done = python(
-        "import gpu_env, suite, torch\n"
+        "from gpu import env\n"
+        "from suite import results\n"
         "from pathlib import Path\n"
         "for name, chip in (('NVIDIA H100 80GB HBM3', 'h100'), ('NVIDIA H200', 'h200'),"
         " ('NVIDIA GH200 480GB', 'gh200'),"
         " ('NVIDIA A100-SXM4-80GB', 'a100'), ('AMD Instinct MI300X', 'mi300x'), ('Tesla T4', 'tesla-t4'),"
         " ('NVIDIA GeForce RTX 4090', 'geforce-rtx-4090')):\n"
-        "    assert gpu_env.chip(name) == chip, (name, gpu_env.chip(name))\n"
-        "    torch.cuda.get_device_name = lambda: name\n"
-        "    assert suite.result_path(Path('x'), 'cuda').name.startswith(chip + '-20')\n"
+        "    assert env.chip(name) == chip, (name, env.chip(name))\n"
+        "    assert results.result_path(Path('x'), name) == Path('x', chip + '.jsonl')\n"
     )
     assert done.returncode == 0, done.stderr
 
@@ -244,11 +248,12 @@ def test_the_cards_name_and_state_are_read(tmp_path: Path) -> None:
 def test_a_line_is_one_write_of_a_page_at_most(tmp_path: Path) -> None:
     """Several processes append, and are killed in it."""
     code = (
-        "import gpu_lines, os\n"
+        "import os\n"
+        "from gpu.lines import Lines\n"
         "written = []\n"
         "write = os.write\n"
         "os.write = lambda file, data: (written.append(data), write(file, data))[1]\n"
-        "lines = gpu_lines.Lines(sys.argv[1] if len(sys.argv) > 1 else os.environ['GPU_RESULTS'])\n"
+        "lines = Lines(os.environ['GPU_RESULTS'])\n"
     )
     path = tmp_path / "results.jsonl"
     done = python(
@@ -258,10 +263,11 @@ def test_a_line_is_one_write_of_a_page_at_most(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text())["error"] == "nan"
-    loop = f"import sys; sys.path.insert(0, {str(BENCH)!r})\n{code}"
-    loop += "while True: lines.write('time', x='y' * 700, quiet=True)\n"
+    loop = code + "while True: lines.write('time', x='y' * 700, quiet=True)\n"
     running = [
-        subprocess.Popen([sys.executable, "-P", "-c", loop], env={**os.environ, "GPU_RESULTS": str(path)})
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", loop], env={**os.environ, "PYTHONPATH": str(BENCH), "GPU_RESULTS": str(path)}
+        )
         for _ in range(3)
     ]
     draw = random.Random(time.time_ns())
@@ -277,9 +283,11 @@ def test_a_line_is_one_write_of_a_page_at_most(tmp_path: Path) -> None:
 def test_one_inaccurate_one_missing_and_one_crashing_peer_are_rows(tmp_path: Path) -> None:
     """While the others keep their times; ours, where it is off, keeps them too and says so."""
     done = python(
-        "import bench_logps, gpu_cases, gpu_lines, gpu_steps, torch\n"
-        "from suite import Provider\n"
-        "P, plain = bench_logps.PROVIDERS, bench_logps._plain\n"
+        "import os, torch\n"
+        "from gpu import cases, lines, steps\n"
+        "from suite import logps\n"
+        "from suite.provider import Provider\n"
+        "P, plain = logps.PROVIDERS, logps._plain\n"
         "calls = []\n"
         "def crashing(h, w, t):\n"
         "    calls.append(1)\n"
@@ -292,9 +300,9 @@ def test_one_inaccurate_one_missing_and_one_crashing_peer_are_rows(tmp_path: Pat
         "P['qempo_fast exact'] = Provider('ours', lambda case, device: lambda h, w, t: plain(h, w, t) * 1.1)\n"
         "names = ('plain torch', 'TRL ChunkedLogProbFunction', 'cut-cross-entropy cce', 'qempo_fast exact',"
         " 'qempo_fast sampled')\n"
-        "run = gpu_steps.Run(gpu_lines.Lines(sys.argv[1] if sys.argv[1:] else __import__('os').environ['GPU_RESULTS']),"
-        " gpu_steps.Settings('cpu', True, 240.0))\n"
-        "gpu_cases.measure_group(run, 'x', gpu_cases.Group('logps', (gpu_cases.SMALL,), names, 3, 1))\n",
+        "run = steps.Run(lines.Lines(os.environ['GPU_RESULTS']),"
+        " steps.Settings('cpu', True, 240.0))\n"
+        "cases.measure_group(run, 'x', cases.Group('logps', (cases.SMALL,), names, 3, 1))\n",
         GPU_RESULTS=str(tmp_path / "r.jsonl"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -312,27 +320,23 @@ def test_one_inaccurate_one_missing_and_one_crashing_peer_are_rows(tmp_path: Pat
 
 def test_the_profilers_names_are_the_kernels() -> None:
     """Every kernel of kernels/ and csrc/cuda is among those counted; a slip in a command line is found."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        gpu_tools = importlib.import_module("gpu_tools")
-    finally:
-        sys.path.remove(str(BENCH))
+    tools = load("gpu.tools")
     names = []
     for path in (*(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc" / "cuda").glob("*.cu")):
         names += re.findall(r"^(?:def +|    )(\w+_kernel)\(", path.read_text(), re.MULTILINE)
     assert len(names) > 15
-    assert [n for n in names if not re.search(gpu_tools.KERNELS, n)] == []
-    python = [sys.executable, "-P", str(BENCH / "gpu_profile.py")]
-    assert gpu_tools.wrong(gpu_tools.counters(python)) is None
+    assert [n for n in names if not re.search(tools.KERNELS, n)] == []
+    python = [sys.executable, "-P", str(BENCH / "gpu" / "hot_kernels.py")]
+    assert tools.wrong(tools.counters(python)) is None
     for command, said in (
-        (gpu_tools.counters(["nothing", "x.py"]), "no Python"),
-        ([*gpu_tools.counters(python)[:1], "--set", "full", *python], "ncu has no --set"),
+        (tools.counters(["nothing", "x.py"]), "no Python"),
+        ([*tools.counters(python)[:1], "--set", "full", *python], "ncu has no --set"),
         (["ncu", "--clock-control", "base", *python], "clocks"),
         (["ncu", "--metrics", "sm throughput", *python], "not names of metrics"),
         (["ncu", "--kernel-name", "regex:(", *python], "no regular expression"),
         (["compute-sanitizer", "--tools", "memcheck", *python], "has no --tools"),
     ):
-        assert said in str(gpu_tools.wrong(command)), command
+        assert said in str(tools.wrong(command)), command
     page = (
         "==PROF== Connected to process 5\n"
         '"ID","Kernel Name","Block Size","Grid Size","gpu__time_duration.sum","other"\n'
@@ -340,12 +344,12 @@ def test_the_profilers_names_are_the_kernels() -> None:
         '"0","_logps_grad_kernel","(128, 1, 1)","(64, 2, 1)","1,234.50","7"\n'
         "==PROF== Disconnected\n"
     )
-    (row,) = gpu_tools.counted(page)
+    (row,) = tools.counted(page)
     assert row == {
         "kernel": "_logps_grad_kernel", "grid": "(64, 2, 1)", "block": "(128, 1, 1)",
         "gpu__time_duration.sum usecond": 1234.5,
     }  # fmt: skip
-    assert gpu_tools.counted("==ERROR== no GPU\n") == []
+    assert tools.counted("==ERROR== no GPU\n") == []
 
 
 def test_the_tests_of_the_first_call_are_there() -> None:
@@ -354,11 +358,11 @@ def test_the_tests_of_the_first_call_are_there() -> None:
     files = re.search(r"foreach f,([\w ]+),", makefile)[1].split()
     done = python(
         f"files = {[f'test_{f}' for f in files]!r}\n"
-        "import gpu_first\n"
-        "assert sorted(files) == sorted(set(gpu_first.TESTS) - {'test_losses_stress'}), files\n"
-        "missing = [n for n in gpu_first.TESTS if not (gpu_first.ROOT / 'tests' / f'{n}.py').is_file()]\n"
+        "from gpu import first\n"
+        "assert sorted(files) == sorted(set(first.TESTS) - {'test_losses_stress'}), files\n"
+        "missing = [n for n in first.TESTS if not (first.ROOT / 'tests' / f'{n}.py').is_file()]\n"
         "assert not missing, missing\n"
-        "words = gpu_first.selection(False)\n"
+        "words = first.selection(False)\n"
         "assert '(test_dpp_cuda and gpu)' in words[-1] and words[-2] == '-k'\n"
     )
     assert done.returncode == 0, done.stderr
@@ -384,12 +388,12 @@ def test_after(): torch.cuda.synchronize()
 
 def test_a_test_that_breaks_its_gpu_context_costs_itself_alone(tmp_path: Path) -> None:
     """Its worker goes, and what is left runs in another; on one worker alone every test after it would fail."""
-    for name in ("gpu_report.py", "gpu_lines.py"):
-        shutil.copy(BENCH / name, tmp_path)
     (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "test_it.py").write_text(LOSES_ITS_GPU)
-    words = ["-m", "pytest", "-q", "-n", "1", "-p", "gpu_report", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    environment = clean_environment(tmp_path, PYTHONPATH=str(tmp_path), GPU_RESULTS=str(tmp_path / "results.jsonl"))
+    words = ["-m", "pytest", "-q", "-n", "1", "-p", "gpu.plugin", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    environment = clean_environment(
+        tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{BENCH}", GPU_RESULTS=str(tmp_path / "results.jsonl")
+    )
     subprocess.run(
         [sys.executable, "-P", *words, "test_it.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=120
     )
@@ -402,13 +406,14 @@ def test_a_test_that_breaks_its_gpu_context_costs_itself_alone(tmp_path: Path) -
 
 
 def test_a_program_goes_with_the_one_that_started_it(tmp_path: Path) -> None:
-    child = f"import sys, time; sys.path.insert(0, {str(BENCH)!r}); import gpu_lines; gpu_lines.die_with_parent(); "
+    child = "import time; from gpu.lines import die_with_parent; die_with_parent(); "
     child += "print('ready', flush=True); time.sleep(100)"
     parent = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); "
     )
     parent += "p.wait()"
-    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(BENCH)}
+    process = subprocess.Popen([sys.executable, "-P", "-c", parent], env=environment, stdout=subprocess.PIPE, text=True)
     said = {process.stdout.readline().strip() for _ in range(2)}
     (pid,) = said - {"ready"}
     process.kill()

@@ -1,4 +1,4 @@
-"""Machine code of the kernels, which Triton makes without a GPU: what bench/gpu_sass.py counts, and what must hold."""
+"""Machine code of the kernels, which Triton makes without a GPU: what bench/gpu/sass.py counts, and what must hold."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bench_modules import BENCH, load
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
 
-SCRIPT = BENCH / "gpu_sass.py"
+SCRIPT = BENCH / "gpu" / "sass.py"
 
 
 @pytest.fixture(scope="module")
 def sass() -> ModuleType:
-    return load("gpu_sass")
+    return load("gpu.sass")
 
 
 def test_innermost_loops_and_the_shortest_way_through(sass: ModuleType) -> None:

@@ -17,7 +17,7 @@ SHAPES = [(64, 8192, 0.3), (64, 16384, 0.25)]
 
 @pytest.fixture(scope="module")
 def heads() -> ModuleType:
-    return load("heads")
+    return load("suite.heads")
 
 
 def log_probs(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

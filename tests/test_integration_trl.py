@@ -15,12 +15,18 @@ import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from peft import LoraConfig
 from tolerances import assert_as_good
+from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 from trl_models import dpo_config, history, load, new_model, pairs, perturbed, stored_groups, tokenizer
 
 import qempo_fast as qf
 from qempo_fast.integrations.hf import fused_forward
-from qempo_fast.integrations.trl import OfflineGroupTrainer, PreferenceTrainer, use_fused_logps
+from qempo_fast.integrations.trl import (
+    OfflineGroupTrainer,
+    PreferenceTrainer,
+    QualityConstraintCallback,
+    use_fused_logps,
+)
 from qempo_fast.integrations.trl.kernel import _OUTPUTS, _pass_over_logits
 
 STOCK = trl_utils._ChunkedLogProbFunction
@@ -373,12 +379,15 @@ def test_bad_input(path: str, tmp_path: Path) -> None:
         args = dpo_config(tmp_path, **(config or {}))
         PreferenceTrainer(path, args=args, train_dataset=pairs(), processing_class=tokenizer(), **kw)
 
+    holder = [QualityConstraintCallback(qf.QualityConstraint(0.9))]
     for config, kw, message in [
         ({}, {"loss": "ipo"}, "loss: wanted 'dpo' or 'spl' or .* got 'ipo'"),
         ({}, {"loss": "qempo", "loss_kwargs": {"lam": 0.0}}, "lam: wanted"),
         ({}, {"loss": "spl", "loss_kwargs": {"alpha": -1.0}}, "alpha: wanted"),
-        ({"loss_type": ["ipo"]}, {}, r"args.loss_type: wanted its default, \['sigmoid'\], with loss='dpo'"),
-        ({"label_smoothing": 0.1}, {}, "args.label_smoothing: wanted its default, 0.0"),
+        ({"loss_type": ["ipo"]}, {}, "args.loss_type: wanted it left out, since loss='dpo' does not read it"),
+        ({"label_smoothing": 0.1}, {}, "args.label_smoothing: wanted it left out"),
+        ({"beta": 0.0}, {}, "beta: wanted"),
+        ({}, {"callbacks": holder}, "callbacks: wanted no QualityConstraintCallback"),
         ({}, {"loss": "epa", "loss_kwargs": {"n_weak": 4}}, "per_device_train_batch_size: wanted more than n_weak = 4"),
         ({"precompute_ref_log_probs": True}, {"loss": "epa", "loss_kwargs": {"n_weak": 1}}, "precompute_ref_log_probs"),
     ]:
@@ -387,7 +396,7 @@ def test_bad_input(path: str, tmp_path: Path) -> None:
     for kw, message in [
         ({"loss": "spl"}, "loss_kwargs: .*alpha"),
         ({"loss": "epa"}, "loss_kwargs: .*n_weak"),
-        ({"loss": "dpo", "loss_kwargs": {"alpha": 1.0}}, "loss_kwargs: .*alpha"),
+        ({"loss": "dpo", "loss_kwargs": {"alpha": 1.0}}, "loss_kwargs: loss='dpo' takes beta, .*, got alpha"),
     ]:
         with pytest.raises(TypeError, match=message):
             pair(**kw)
@@ -400,8 +409,9 @@ def test_bad_input(path: str, tmp_path: Path) -> None:
     for data, kw, message in [
         (pairs(), {}, "train_dataset: wanted the columns prompt, responses and rewards, got chosen, prompt, rejected"),
         (one, {}, "train_dataset: wanted two or more responses .* got 1 and 1"),
-        (stored_groups(), {"loss": "dqo"}, "loss: wanted 'gvpo' or"),
+        (stored_groups(), {"loss": "dqo"}, "loss: wanted .*'gvpo'"),
         (stored_groups(), {"loss": "qempo", "loss_kwargs": {"lam": 0.0}}, "lam: wanted"),
+        (stored_groups(), {"callbacks": holder}, "callbacks: wanted no QualityConstraintCallback"),
         (stored_groups(), {"loss": "spl", "loss_kwargs": {"alpha": 1.0, "beta": -1.0}}, "beta: wanted"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -412,3 +422,35 @@ def test_bad_input(path: str, tmp_path: Path) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     with pytest.raises(ValueError, match="compute_metrics: wanted None"):
         trainer.compute_loss(trainer.model, copy.copy(dict(batch)), return_outputs=True)
+
+
+def test_a_model_built_in_memory_has_no_reference_to_load(path: str, tmp_path: Path) -> None:
+    given = {"args": dpo_config(tmp_path), "processing_class": tokenizer()}
+    made = AutoModelForCausalLM.from_config(load(path).config)
+    made.config._name_or_path = ""
+    message = "ref_model: wanted one, or a model loaded from a name or a folder, .* got a model built in memory"
+    for kind, data in ((PreferenceTrainer, pairs()), (OfflineGroupTrainer, stored_groups())):
+        with pytest.raises(ValueError, match=message):
+            kind(made, train_dataset=data, **given)
+        assert kind(made, load(path), train_dataset=data, **given).ref_model is not None
+        assert kind(made, train_dataset=data, **given, loss="qempo", loss_kwargs={"lam": 5.0}).ref_model is None
+    peft = LoraConfig(r=4, target_modules=["q_proj"])
+    assert PreferenceTrainer(made, train_dataset=pairs(), **given, peft_config=peft).ref_model is None
+
+
+def test_a_column_that_nothing_reads_is_named(path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = stored_groups()
+    built(OfflineGroupTrainer, path, tmp_path, data=data)
+    assert "train_dataset" not in caplog.text
+    extra = data.add_column("logps", [[-1.0] * len(r) for r in data["rewards"]])
+    built(OfflineGroupTrainer, path, tmp_path, data=extra)
+    assert caplog.text.count("train_dataset: read are prompt, responses and rewards, not logps") == 1
+
+
+def test_where_qempo_kl_is_qempo_the_log_says_so(path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for mu, lines in ((1.0, 0), (0.0, 1)):
+        kw = {"loss": "qempo_kl", "loss_kwargs": {"lam": 5.0, "mu": mu}}
+        for kind, data in ((PreferenceTrainer, pairs()), (OfflineGroupTrainer, stored_groups())):
+            caplog.clear()
+            built(kind, path, tmp_path, data=data, **kw)
+            assert caplog.text.count("loss='qempo_kl' is QEMPO here: mu is 0") == lines, kind

@@ -11,6 +11,7 @@ import pytest
 import torch
 import trl.trainer.utils as trl_utils
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 from trl_models import (
     dpo_config,
@@ -28,6 +29,7 @@ from trl_models import (
 )
 
 import qempo_fast as qf
+from qempo_fast.integrations.methods import GROUPS, by_name
 from qempo_fast.integrations.trl import GROUP_LOSSES, GroupTrainer, QualityConstraintCallback
 
 
@@ -198,8 +200,11 @@ def test_evaluation(path: str, tmp_path: Path) -> None:
     assert {"eval_loss", "eval_reward", "eval_diversity_gain", "eval_sequence_entropy", "eval_kl"} <= set(metrics)
 
 
-def constraint_run(path: str, folder: Path, steps: int, resume: str | None = None, **kw: Any) -> Any:
+def constraint_run(
+    path: str, folder: Path, steps: int, resume: str | None = None, damping: float = 0.0, **kw: Any
+) -> Any:
     settings = {"min_reward": 0.9, "lr": 0.5, "lam": 5.0, "mu": 0.5, "max_kl": 1e-3, "kl_lr": 0.1}
+    settings |= {"damping": damping, "smoothing": 0.5}
     callback = QualityConstraintCallback(qf.QualityConstraint(**settings))
     config = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, **kw}
     trainer = built(GroupTrainer, path, folder, config, loss="qempo_kl", callbacks=[callback])
@@ -223,6 +228,19 @@ def test_constraint_moves_the_multipliers_and_is_in_checkpoints(path: str, tmp_p
         )
         assert history(again, "lam")[-1] == pytest.approx(lam[2], rel=1e-5)
         assert restore or float(resumed.lam) > lam[2]
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_checkpoint_has_what_damping_remembers(restore: bool, path: str, tmp_path: Path) -> None:
+    trainer, whole = constraint_run(path, tmp_path, 3, damping=4.0)
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    kw = {"damping": 4.0, "restore_callback_states_from_checkpoint": restore}
+    again, _ = constraint_run(path, tmp_path, 3, resume=checkpoint, **kw)
+    resumed = next(c.constraint for c in again.callback_handler.callbacks if isinstance(c, QualityConstraintCallback))
+    assert history(again, "lam")[-1] == pytest.approx(history(trainer, "lam")[-1], rel=1e-5)
+    assert resumed.state_dict().keys() == {"lam", "mu", "integral", "gap"}
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(("loss", "names"), [("qempo", ["lam"]), ("spl", ["alpha", "beta"])])
@@ -262,8 +280,13 @@ def test_bad_input(path: str, tmp_path: Path) -> None:
         ({}, {"loss": "qempo", "loss_kwargs": {"lam": 0.0}}, "lam: wanted"),
         ({}, {"loss": "rspo", "loss_kwargs": {"k": 5}}, "group_size: wanted groups of at least 5"),
         ({"beta": 0.1}, qempo, "args.beta: wanted 0 with loss='qempo'"),
-        ({"loss_type": "grpo"}, qempo, "args.loss_type: wanted its default, 'dapo', with loss='qempo'"),
-        ({"scale_rewards": "none"}, qempo, "args.scale_rewards: wanted its default"),
+        ({"loss_type": "grpo"}, qempo, "args.loss_type: wanted it left out, since loss='qempo' does not read it"),
+        (
+            {"scale_rewards": "none", "mask_truncated_completions": True},
+            qempo,
+            "args.scale_rewards, args.mask_truncated_completions: wanted them left out, .*, got 'none', True",
+        ),
+        ({}, {"embedder": word_counts}, "embedder: wanted loss= named too: 'dqo' trains with it"),
         ({"num_iterations": 2}, qempo, "args: wanted num_iterations = 1 .* got 2, 1 and 1"),
         ({"steps_per_generation": 2}, qempo, "args: wanted .* one optimiser step, .* got 1, 1 and 2"),
         ({}, {**qempo, "callbacks": [holder]}, "loss_kwargs: wanted no lam, since a QualityConstraint sets it"),
@@ -278,13 +301,61 @@ def test_bad_input(path: str, tmp_path: Path) -> None:
             built(GroupTrainer, path, tmp_path, config, **kw)
     for kw, message in [
         ({"loss": "qempo"}, "loss_kwargs: .*lam"),
-        ({"loss": "gvpo", "loss_kwargs": {"alpha": 1.0}}, "loss_kwargs: .*alpha"),
+        ({"loss": "gvpo", "loss_kwargs": {"alpha": 1.0}}, "loss_kwargs: loss='gvpo' takes beta, got alpha"),
+        ({"loss": "rspo", "loss_kwargs": {"alpha": 1.0, "k": 2}}, "loss_kwargs: loss='rspo' takes k, .*, got alpha"),
     ]:
         with pytest.raises(TypeError, match=message):
             built(GroupTrainer, path, tmp_path, **kw)
     with pytest.raises(TypeError, match="constraint: wanted a QualityConstraint, got float"):
         QualityConstraintCallback(0.9)
-    assert set(GROUP_LOSSES) == {"grpo", "qempo", "qempo_kl", "spl", "gvpo", "rspo", "dqo"}
+    assert set(GROUP_LOSSES) == {"grpo", *by_name(GROUPS)} > {"qempo", "spl", "dqo"}
+
+
+def test_a_model_built_in_memory_has_no_reference_to_load(path: str, tmp_path: Path) -> None:
+    made = AutoModelForCausalLM.from_config(load(path).config)
+    made.config._name_or_path = ""
+    for config, kw in (({}, {"loss": "gvpo"}), ({"beta": 0.1}, {"loss": "grpo"})):
+        with pytest.raises(
+            ValueError, match=r"model: wanted one loaded from a name or a folder .* got a model built in"
+        ):
+            built(GroupTrainer, path, tmp_path, config, model=made, **kw)
+    assert built(GroupTrainer, path, tmp_path, model=made, loss="rspo", loss_kwargs={"k": 2}).ref_model is None
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({}, None),
+        ({"top_p": 1.0, "top_k": 0, "min_p": 0.0}, None),
+        ({"generation_kwargs": {"top_k": 5}, "min_p": 0.1}, "top_k=5, min_p=0.1"),
+        ({"generation_kwargs": {"top_p": 1.0}, "top_p": 0.9}, None),
+        ({"top_p": 0.9}, "top_p=0.9"),
+    ],
+)
+def test_a_sampler_that_is_not_the_policy_is_named(
+    config: dict[str, Any], named: str | None, path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kw = {"loss": "spl", "loss_kwargs": {"alpha": 0.1, "beta": 0.1}}
+    trained(GroupTrainer, path, tmp_path, config, **kw)
+    lines = [r.getMessage() for r in caplog.records if "cuts the tails off" in r.getMessage()]
+    assert len(lines) == (named is not None)
+    assert named is None or f"loss='spl' takes samples of the policy that it scores, and {named} cuts" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"), [({}, 1), ({"mu": 0.5}, 0), ({"max_kl": 0.1}, 0), (None, 1), ({"loss": "qempo"}, 0)]
+)
+def test_where_qempo_kl_is_qempo_the_log_says_so(
+    settings: dict[str, Any] | None, lines: int, path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"min_reward": 0.9, **(settings or {})}
+    kw: dict[str, Any] = {"loss": given.pop("loss", "qempo_kl")}
+    if settings is None:
+        kw["loss_kwargs"] = {"lam": 5.0, "mu": 0.0}
+    else:
+        kw["callbacks"] = [QualityConstraintCallback(qf.QualityConstraint(**given))]
+    built(GroupTrainer, path, tmp_path, **kw)
+    assert caplog.text.count("is QEMPO here: mu is 0, and only a QualityConstraint with max_kl moves it") == lines
 
 
 def test_bad_rollouts(path: str, tmp_path: Path) -> None:
@@ -309,7 +380,7 @@ def test_the_page_runs_as_it_is_printed(path: str, tmp_path: Path, monkeypatch: 
     # The page calls use_fused_logps() for good.
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", trl_utils._ChunkedLogProbFunction)
     page = Path(__file__).parents[1] / "docs" / "integrations" / "trl.md"
-    given = {"model": path, "tokenizer": tokenizer(), "reward": word_reward, "embed": word_counts}
+    given = {"model": load(path), "tokenizer": tokenizer(), "reward": word_reward, "embed": word_counts}
     given |= {"pairs": pairs(), "prompts": prompts(), "groups": stored_groups()}
     given |= {"dpo_config": dpo_config(tmp_path, max_steps=1), "grpo_config": grpo_config(tmp_path, max_steps=1)}
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)

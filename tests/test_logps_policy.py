@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qempo_fast as qf
 from qempo_fast import reference
-from qempo_fast.logps import backward, gemm
-from qempo_fast.logps.options import BREAK_EVEN, TileSizes
-from qempo_fast.logps.pass_cpu import CpuPass
-from qempo_fast.logps.policy import COLUMNS, POLICIES
+from qempo_fast.logps import _backward as backward
+from qempo_fast.logps import _gemm as gemm
+from qempo_fast.logps._options import BREAK_EVEN, TileSizes
+from qempo_fast.logps._policy import COLUMNS, POLICIES
+from qempo_fast.logps.cpu import CpuPass
 
 HALF = (torch.float16, torch.bfloat16)
 H100 = POLICIES["cuda:90"]
@@ -104,7 +105,7 @@ def test_products_elsewhere(dtype: torch.dtype) -> None:
 
 
 def test_an_exact_step_on_a_gpu_rounds_each_gradient_once(wide: WideProducts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qempo_fast.logps.pass_cpu.EXACT", TileSizes(64, 96))
+    monkeypatch.setattr("qempo_fast.logps.cpu.EXACT", TileSizes(64, 96))
     x = make(Case("", 60, 24, 290, spread=3.0), torch.bfloat16)
     x.targets[:] = x.targets.clamp(min=0)
     with wide:
@@ -119,7 +120,7 @@ def test_an_exact_step_on_a_gpu_rounds_each_gradient_once(wide: WideProducts, mo
 
 
 def test_rows_of_several_blocks_are_summed_in_float32(wide: WideProducts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qempo_fast.logps.pass_cpu.EXACT", TileSizes(20, 400))
+    monkeypatch.setattr("qempo_fast.logps.cpu.EXACT", TileSizes(20, 400))
     x = make(Case("", 60, 24, 290, spread=3.0), torch.bfloat16)
     x.targets[:] = x.targets.clamp(min=0)
     with wide:

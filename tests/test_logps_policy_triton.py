@@ -18,11 +18,11 @@ from test_logps_triton import place
 
 import qempo_fast as qf
 from qempo_fast import reference
-from qempo_fast.logps import pass_triton
-from qempo_fast.logps.head import HeadTensors
-from qempo_fast.logps.options import Options
-from qempo_fast.logps.policy import POLICIES, Policy
-from qempo_fast.logps.stats import RowStats
+from qempo_fast.logps import triton as pass_triton
+from qempo_fast.logps._head import HeadTensors
+from qempo_fast.logps._options import Options
+from qempo_fast.logps._policy import POLICIES, Policy
+from qempo_fast.logps._row_stats import RowStats
 
 PLAIN = Options(1.0, None, False, False, None, 0, None)
 # Launches of a step at N = 2048, D = 576, V = 49152 in bfloat16, forward and backward. They were 85 + 68 sampled and
@@ -146,7 +146,7 @@ def test_tf32_keeps_float32_off_the_fused_kernel(
 
 def test_launches_of_a_step(tmp_path: Path) -> None:
     """At SmolLM2's shape, bfloat16; at most half of the 154 that a sampled step had, and of the 128 of an exact one."""
-    tool, found = Path(__file__).parent.parent / "bench" / "gpu_launches.py", tmp_path / "found.jsonl"
+    tool, found = Path(__file__).parent.parent / "bench" / "gpu" / "launches.py", tmp_path / "found.jsonl"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", str(tool), "--no-time", "--json", str(found)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

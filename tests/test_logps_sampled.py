@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import qempo_fast as qf
 from qempo_fast import reference
-from qempo_fast.logps import pass_cpu
-from qempo_fast.logps.options import TileSizes
+from qempo_fast.logps import cpu as pass_cpu
+from qempo_fast.logps._options import TileSizes
 
 
 def sampled_mean(x: Inputs, draws: int, **more: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

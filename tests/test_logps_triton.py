@@ -21,11 +21,11 @@ from qempo_fast.kernels import _launch, linear_logps_fused
 from qempo_fast.kernels.linear_logps_grad import tile_bwd
 from qempo_fast.kernels.linear_logps_select import select_columns
 from qempo_fast.kernels.linear_logps_tiles import COLUMN_ROWS
-from qempo_fast.logps import pass_triton
-from qempo_fast.logps.gemm import linear
-from qempo_fast.logps.head import HeadTensors
-from qempo_fast.logps.options import Options
-from qempo_fast.logps.stats import RowStats
+from qempo_fast.logps import triton as pass_triton
+from qempo_fast.logps._gemm import linear
+from qempo_fast.logps._head import HeadTensors, Tile
+from qempo_fast.logps._options import Options
+from qempo_fast.logps._row_stats import RowStats
 
 # The interpreter's tiles are 64 rows x 160 columns (48 x 96 when sampling), its blocks 4 to 64 rows x 32 to 64 columns.
 CASES = [
@@ -117,7 +117,7 @@ def test_column_bounds(rows: int, path: str, device: torch.device) -> None:
         assert tiles.fused(head, stats, floor, columns, options)
     for v in range(0, 0 if path == "fused" else 210, width):
         raw = linear(x.hidden, x.weight[v : v + width])
-        tiles.forward(raw, x.bias[v : v + width], inverse, targets, stats, floor, columns, v, options)
+        tiles.forward(Tile(raw, x.bias[v : v + width], inverse, targets), stats, floor, columns, v, options)
     bounds = columns.amax(0).double()
     if path == "tiles":
         seen = [torch.logsumexp(z[:, : v or width], 1) for v in range(0, 210, width)]

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qempo_fast as qf
 from qempo_fast import _check
-from qempo_fast.logps.options import TileSizes
-from qempo_fast.logps.pass_triton import TritonPass
+from qempo_fast.logps._options import TileSizes
+from qempo_fast.logps.triton import TritonPass
 
 
 class Reads(TorchDispatchMode):
@@ -47,7 +47,7 @@ def test_how_often_the_host_waits_for_a_sampled_step(
     leaves = [x.hidden.detach().requires_grad_(), x.weight.detach().requires_grad_()]
     monkeypatch.setattr(_check, "readable", lambda tensor: False)  # as for a tensor on a GPU
     monkeypatch.setattr(TritonPass, "sizes", lambda self, sampled, hidden=None: TileSizes(48, 96, block=block))
-    monkeypatch.setattr("qempo_fast.logps._seed", lambda: 5)  # reads a CPU tensor, which waits for nothing
+    monkeypatch.setattr("qempo_fast.logps.linear._seed", lambda: 5)  # reads a CPU tensor, which waits for nothing
     with Reads(monkeypatch) as forward:
         out = qf.linear_logps(*leaves, x.targets, entropy=True, grad="sampled", tau=0.9, backend="triton")
     stats = qf.last_stats()

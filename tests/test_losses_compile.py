@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_losses_public import CU, LOSSES, OFFSETS, data
+from test_losses_public import CU, LOSSES, OFFSETS, Call, data
 
 import qempo_fast as qf
-from qempo_fast.losses import _op
-from qempo_fast.losses._values import POLICY
+from qempo_fast._backends import OPS
+from qempo_fast.losses import op as _op
 
 
 @pytest.fixture(autouse=True)
@@ -21,29 +21,36 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-CALLS = {name: (call, policy) for name, (call, policy, _) in LOSSES.items()} | {
-    "epa, none": (
+class Traced(NamedTuple):
+    """A call and what may differ in its graph: the relative error beside eager, the backends that can be traced."""
+
+    call: Call
+    policy: str
+    tolerance: float = 0.0
+    backends: tuple[str, ...] = ("cpu", "reference")
+
+
+# group_advantages is plain torch in a graph, and the C++ kernel out of it.
+ADVANTAGES = {"policy": "l", "tolerance": 2e-5}
+CALLS = {name: Traced(loss.call, loss.policy, backends=loss.traced) for name, loss in LOSSES.items()} | {
+    "epa, none": Traced(
         lambda d: qf.epa_loss(d["w"], d["s"], d["v"], d["fw"], d["fs"], d["fv"], reduction="none").square().sum(),
         "w s v",
     ),
-    "dpo, none": (lambda d: qf.dpo_loss(d["w"], d["x"], d["fw"], d["fx"], reduction="none").square().sum(), "w x"),
-    "dapo": (lambda d: qf.grpo_loss(d["tl"], d["told"], d["adv"], CU, normalize="token"), "tl"),
-    "a constant beside it": (lambda d: qf.dpo_loss(d["w"], d["x"].detach(), d["fw"], d["fx"]), "w"),
-    "advantages": (lambda d: (qf.group_advantages(d["r"], group_size=4) * d["l"]).sum(), "l"),
-    "advantages, ragged": (lambda d: (qf.group_advantages(d["r"], offsets=OFFSETS) * d["l"]).sum(), "l"),
+    "dpo, none": Traced(
+        lambda d: qf.dpo_loss(d["w"], d["x"], d["fw"], d["fx"], reduction="none").square().sum(), "w x"
+    ),
+    "dapo": Traced(lambda d: qf.grpo_loss(d["tl"], d["told"], d["adv"], CU, normalize="token"), "tl"),
+    "a constant beside it": Traced(lambda d: qf.dpo_loss(d["w"], d["x"].detach(), d["fw"], d["fx"]), "w"),
+    "advantages": Traced(lambda d: (qf.group_advantages(d["r"], group_size=4) * d["l"]).sum(), **ADVANTAGES),
+    "advantages, ragged": Traced(lambda d: (qf.group_advantages(d["r"], offsets=OFFSETS) * d["l"]).sum(), **ADVANTAGES),
 }
 
 
-# Plain torch pads ragged groups to a width that depends on the offsets' values, which RSPO's differences cannot trace.
-UNTRACED = {("rspo", "reference")}
-
-
-@pytest.mark.parametrize(
-    ("name", "backend"), [(n, b) for n in CALLS for b in ("cpu", "reference") if (n, b) not in UNTRACED]
-)
+@pytest.mark.parametrize(("name", "backend"), [(name, b) for name, traced in CALLS.items() for b in traced.backends])
 def test_one_graph(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QEMPO_BACKEND", backend)
-    call, policy = CALLS[name]
+    call, policy, tolerance, _ = CALLS[name]
 
     def results(function: Any) -> list[torch.Tensor]:
         given = data(torch.float32)
@@ -54,26 +61,24 @@ def test_one_graph(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> 
     eager = results(call)
     compiled = results(torch.compile(call, fullgraph=True, backend="aot_eager"))
     for mine, want in zip(compiled, eager, strict=True):
-        # group_advantages is plain torch in a graph, and the C++ kernel out of it.
-        tolerance = 2e-5 if name.startswith("advantages") else 0.0
         torch.testing.assert_close(mine, want, rtol=tolerance, atol=tolerance)
 
 
 def test_inductor() -> None:
     d = data(torch.float32)
     d["w"].requires_grad_()
-    call = LOSSES["dpo"][0]
+    call = LOSSES["dpo"].call
     want = torch.autograd.grad(2 * call(d), d["w"])[0]
     got = torch.autograd.grad(torch.compile(lambda d: 2 * call(d), fullgraph=True)(d), d["w"])[0]
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("op", POLICY)
-def test_opcheck(op: str) -> None:
+def operator_calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of each loss operator, but for the backend, by position."""
     d = data(torch.float32)
     for key in ("w", "x", "s", "v", "l", "tl"):
         d[key].requires_grad_()
-    mine: dict[str, list[tuple[Any, ...]]] = {
+    return {
         "pair_loss": [
             (d["w"], d["x"], d["fw"], d["fx"], 0.3, 0.1, 0.1, "mean"),
             (d["w"], d["x"].detach(), None, None, 0.3, 0.0, 0.0, "none"),
@@ -89,11 +94,15 @@ def test_opcheck(op: str) -> None:
         "poft_loss": [(d["w"], d["lengths"].float(), d["aligned"], 1.0, 0.0, "mean")],
         "rspo_loss": [(d["l"], d["r"], 2, 4, None, "loo"), (d["l"], d["r"], 1, None, OFFSETS, "mean")],
         "token_loss": [
-            (d["tl"], d["told"], d["adv"], CU, d["tref"], 0.1, 0.2, 0.2, "token", normalize)
+            (d["tl"], d["told"], d["adv"], CU, d["tref"], 0.1, 0.2, 0.2, "token", normalize, "clip")
             for normalize in (_op.NORMALIZE["sequence"], _op.NORMALIZE["token"], 7.0)
         ],
     }
-    for args in mine[op]:
+
+
+@pytest.mark.parametrize("op", [op for op, row in OPS.items() if row.policy])
+def test_opcheck(op: str) -> None:
+    for args in operator_calls()[op]:
         result = torch.library.opcheck(getattr(torch.ops.qempo_fast, op), (*args, "cpu"))
         assert set(result.values()) == {"SUCCESS"}
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_every_launch_is_as_the_first(device: torch.device) -> None:
     """2000 of each case on a GPU, alone and on two streams among the others; in the interpreter 2 of small ones."""
     on_gpu = device.type == "cuda"
-    rows = list(load("gpu_stress").stress(device, 2000 if on_gpu else 2, small=not on_gpu))
+    rows = list(load("gpu.stress").stress(device, 2000 if on_gpu else 2, small=not on_gpu))
     assert len(rows) == 13
     for row in rows:
         assert row["different_alone"] == row["different_among"] == 0, row
@@ -23,7 +23,7 @@ def test_every_launch_is_as_the_first(device: torch.device) -> None:
 
 def test_a_launch_that_differs_is_counted(device: torch.device) -> None:
     """One bit of one coefficient, and a NaN that was there before is no difference."""
-    bench, results = load("gpu_stress"), []
+    bench, results = load("gpu.stress"), []
     for low in (1.0, 1.0, 1.0000001, 1.0):
         results.append((torch.tensor(2.0, device=device), torch.tensor([float("nan"), low], device=device)))
     each = iter(results)
@@ -42,7 +42,7 @@ def test_the_cases_have_several_programs(device: torch.device, monkeypatch: pyte
     programs: list[int] = []
     for module in (loss_contrastive, loss_groups, loss_pairs, loss_risk, loss_tokens):
         monkeypatch.setattr(module, "launch", lambda kernel, n, *rest, **more: programs.append(n))
-    calls = load("gpu_stress").cases(device, small=device.type != "cuda")
+    calls = load("gpu.stress").cases(device, small=device.type != "cuda")
     for call in calls.values():
         call()
     assert dict(zip(calls, programs, strict=True)).pop("rspo one group") == 1

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qempo_fast import reference
 from qempo_fast.losses import coefficients, dqo_loss, gvpo_loss, rspo_loss, spl_loss
-from qempo_fast.reference import family
 from qempo_fast.reference.dpp import dpp_gains
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
@@ -135,7 +135,7 @@ def test_group_centred_gains_are_biased() -> None:
         centred = (gains - gains.mean(1, keepdim=True)).flatten()
         zero = torch.zeros(len(centred), dtype=D)
         mean, _ = moments(
-            lambda x, y, bonus=centred, zero=zero: family.group_loss(
+            lambda x, y, bonus=centred, zero=zero: reference.groups.group_loss(
                 x, None, zero, alpha=0.0, beta=0.0, baseline="none", bonus=bonus
             ),
             k,

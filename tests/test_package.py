@@ -50,6 +50,7 @@ GROUP_LOSSES = [
     "qempo_loss",
     "qempo_kl_loss",
     "gvpo_loss",
+    "policy_gradient_loss",
     "variance_loss",
     "rspo_loss",
     "dqo_loss",
@@ -123,8 +124,12 @@ def test_reference_imports_torch_only(module: str) -> None:
     assert [n for n in names if within(n, "qempo_fast") and not within(n, "qempo_fast.reference")] == []
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if within(m, "qempo_fast.losses", "qempo_fast.constraint")])
-def test_losses_import_no_kernel(module: str) -> None:
+LOSSES = [m for m in MODULES if within(m, "qempo_fast.losses", "qempo_fast.constraint")]
+DOORS = ("qempo_fast.losses.cpu", "qempo_fast.losses.triton")
+
+
+@pytest.mark.parametrize("module", [m for m in LOSSES if m not in DOORS])
+def test_losses_import_kernels_through_their_doors_only(module: str) -> None:
     assert [n for n in imports(MODULES[module], module) if within(n, "qempo_fast.kernels", "qempo_fast._C")] == []
 
 
@@ -305,3 +310,11 @@ def test_the_native_module_was_not_built_for_this_machine_only() -> None:
     from qempo_fast import _C
 
     assert _C.isas()[0] == "baseline"
+
+
+def test_the_native_headers_name_files_that_exist() -> None:
+    """Each header says where the loops are and which reference they are held to."""
+    for header in (ROOT / "csrc" / "include" / "qempo").glob("*.h"):
+        named = re.findall(r"\b(?:csrc|qempo_fast|docs)/[\w/]+\.\w+", header.read_text())
+        assert named or header.stem == "cpu", f"{header.name} names no file"
+        assert not [name for name in named if not (ROOT / name).is_file()], header.name

@@ -28,7 +28,7 @@ from qempo_fast.cli import app
 from qempo_fast.demo.evaluate import Evaluation
 from qempo_fast.demo.model import SplitModel, _keep
 from qempo_fast.demo.task import Answer, Cities, Task
-from qempo_fast.reproduce import REPRODUCTIONS, experiments, run
+from qempo_fast.reproduce import REPRODUCTIONS, experiments, lab, run
 from qempo_fast.reproduce.claims import Claim, best_at, claims_table, compare, figures_table, spread
 
 pytest_plugins = ("tiny_demo",)
@@ -160,13 +160,28 @@ def test_an_experiment_runs(name: str, model: SplitModel, task: Task, tmp_path: 
     assert all(any(key in row for row in figures["rows"].values()) for key in shown)
 
 
+def test_a_file_has_a_line_for_each_figure() -> None:
+    rows = {
+        "Zürich": {"quality": [1 / 3] * 3, "cosine": [2 / 3] * 3},
+        **{str(i): {"quality": [i / 7] * 3} for i in range(5)},
+    }
+    figures = {"rows": rows, "claims": [{"text": "x" * 150, "differences": [0.1]}] * 2, "none": {}, "margin": None}
+    text = run._lines(figures)
+    assert json.loads(text) == figures
+    assert "Zürich" in text
+    assert len(text.splitlines()) == 2 + 2 + len(rows) + 2 + 2 + 2
+    assert max(map(len, text.splitlines())) <= 240
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run._lines({"quality": math.nan})
+
+
 def test_ctrl_c_leaves_no_result(
     model: SplitModel, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "train", stopped)
+    monkeypatch.setattr(lab, "train", stopped)
     out = tmp_path / "figures.json"
     status = run.run(
         "dqo-cities", TINY, [0], quick=False, out=out, console=Console(quiet=True), load=lambda: (model, task)
@@ -211,12 +226,12 @@ def test_travellers_want_by_group(cities: Cities) -> None:
 def test_rlhf_is_the_family_at_equal_numbers(model: SplitModel, task: Task) -> None:
     scores = qf.SequenceLogps(torch.tensor([-1.0, -2.0]), None, torch.tensor([1, 1]), torch.zeros(2))
     rewards, reference = torch.tensor([1.0, 0.0]), torch.tensor([-1.5, -1.5])
-    lab = type("Lab", (), {"settings": replace(TINY, group_size=2)})()
+    tiny = type("Lab", (), {"settings": replace(TINY, group_size=2)})()
     batch = type("Batch", (), {"scores": scores, "rewards": rewards, "reference": reference})()
     b = experiments.BETA
     want = qf.spl_loss(scores.logps, reference, rewards, alpha=b, beta=b, group_size=2)
-    assert torch.equal(experiments.rlhf(lab)(batch), want)
-    assert not torch.equal(experiments.spl(lab, 2.0)(batch), want)
+    assert torch.equal(experiments.rlhf(tiny)(batch), want)
+    assert not torch.equal(experiments.spl(tiny, 2.0)(batch), want)
 
 
 # ---- the kept copy of the de-quantised model

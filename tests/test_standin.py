@@ -78,6 +78,7 @@ def test_everything_is_put_back(tmp_path: Path) -> None:
 import sys
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+import qempo_fast.dpp.triton, qempo_fast.logps.triton, qempo_fast.losses.triton
 from qempo_fast.cli.compile import signatures
 
 def state():

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "qempo/memory.h"
 #include "vecmath.h"
 
 namespace qempo::cpu::QEMPO_ISA {
@@ -140,7 +141,7 @@ void product(const Rows& rows, int64_t k, const double* b, S* out) {
 // What the quality of one group's rows comes to. Lengths are those of the loaded rows.
 struct Scales {
   double log_s[kDppLargest], log_d[kDppLargest], t[kDppLargest], ridge[kDppLargest], inverse_length[kDppLargest];
-  bool hard;
+  bool careful;
 
   void set(const DppGroups& groups, int64_t g, const double* length, const double* top) {
     const int64_t k = groups.size(g), first = groups.first_row(g);
@@ -158,7 +159,7 @@ struct Scales {
       ridge[i] = plain ? groups.ridge : groups.ridge * std::exp(-2 * log_d[i]);
     }
     // A NaN row goes the direct way, where it spreads to its whole group and no further.
-    hard = !broken && dpp_is_hard(k, log_s, groups.ridge);
+    careful = !broken && dpp_is_careful(k, log_s, groups.ridge);
   }
 };
 
@@ -285,9 +286,9 @@ void forward(const DppGroups& groups, const DppResults& out, int threads) {
         Scales& s = scales[lane];
         s.set(groups, g, out.lengths + row, rows.top);
         to_cosines(k, s, cosines.data());
-        if (s.hard) {
-          dpp_hard_forward(k, cosines.data(), s.log_s, groups.ridge, out.logdet + g, out.gains + row,
-                           out.baselines + row);
+        if (s.careful) {
+          dpp_careful_forward(k, cosines.data(), s.log_s, groups.ridge, out.logdet + g, out.gains + row,
+                              out.baselines + row);
           continue;
         }
         for (int64_t i = 0; i < k; ++i) {
@@ -298,7 +299,7 @@ void forward(const DppGroups& groups, const DppResults& out, int threads) {
       invert(pack);
       unexplained(pack);
       for (int64_t g = first; g < last; ++g)
-        if (!scales[g - first].hard) write(groups, out, pack, scales[g - first], g, static_cast<int>(g - first));
+        if (!scales[g - first].careful) write(groups, out, pack, scales[g - first], g, static_cast<int>(g - first));
     }
   };
   parallel(threads, (groups.groups + kLanes - 1) / kLanes, packs);
@@ -366,12 +367,12 @@ void backward(const DppGroups& groups, const DppGrads& grads, int threads) {
         rows.load_group(static_cast<const S*>(groups.x) + row * groups.d, k);
         scales.set(groups, g, grads.lengths + row, rows.top);
         w.resize(k * k);
-        if (scales.hard) {
+        if (scales.careful) {
           cosines.resize(k * k);
           gram(rows, k, cosines.data());
           to_cosines(k, scales, cosines.data());
-          dpp_hard_backward(k, cosines.data(), scales.log_s, groups.ridge, grads.logdet[g], grads.gains + row,
-                            w.data());
+          dpp_careful_backward(k, cosines.data(), scales.log_s, groups.ridge, grads.logdet[g], grads.gains + row,
+                               w.data());
           for (int64_t i = 0; i < k; ++i) {
             radial[i] = 0;
             for (int64_t j = 0; j < k; ++j) radial[i] += w[i * k + j] * cosines[j * k + i];
@@ -473,8 +474,9 @@ void select(const DppGroups& groups, int64_t n, int64_t* picks, int threads) {
 }  // namespace
 
 const DppKernels& dpp_kernels() {
-  static const DppKernels kernels{forward<float>,   forward<bf16>, forward<double>, backward<float>, backward<bf16>,
-                                  backward<double>, select<float>, select<bf16>,    select<double>};
+  static const DppKernels kernels{{forward<float>, forward<bf16>, forward<double>},
+                                  {backward<float>, backward<bf16>, backward<double>},
+                                  {select<float>, select<bf16>, select<double>}};
   return kernels;
 }
 

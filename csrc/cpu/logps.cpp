@@ -200,8 +200,8 @@ void backward(const Tile& tile, const Head<A>& head, const RowGrads<A>& grads, i
 
 const LogpsKernels& logps_kernels() {
   static const LogpsKernels kernels{
-      forward<float, float>,  forward<bf16, float>,  forward<double, double>,
-      backward<float, float>, backward<bf16, float>, backward<double, double>,
+      {forward<float, float>, forward<bf16, float>, forward<double, double>},
+      {backward<float, float>, backward<bf16, float>, backward<double, double>},
   };
   return kernels;
 }

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "qempo/cuda_dpp.h"
+#include "qempo/dpp_cuda.h"
 
 // All shared memory is dynamic, so that one declaration serves every kernel.
 extern __shared__ double qempo_shared[];

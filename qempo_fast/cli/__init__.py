@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-# Exit status of a command that could not start: something is missing, or an argument is wrong.
-CANNOT_START = 2
+from ._fail import fail
 
 app = typer.Typer(
     name="qempo-fast",
@@ -18,12 +17,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
-def fail(message: str, status: int = CANNOT_START) -> NoReturn:
-    """Print one line on standard error and leave with status."""
-    Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(status)
 
 
 @app.command()
@@ -76,12 +69,18 @@ def bench(
     case: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     provider: Annotated[list[str] | None, typer.Option(help="Only this provider; may be repeated.")] = None,
     group: Annotated[list[str] | None, typer.Option("--set", help="Only this set of cases; may be repeated.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One or two cases an op, under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One or two small cases an op, 2 to 3 minutes.")] = False,
     compare: Annotated[
-        Path | None, typer.Option(help="Exit with 1 where ratios fell against this file or folder.")
+        Path | None, typer.Option(help="Exit with 1 where ratios fell against this table or folder of tables.")
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, max=1.0, help="How far a ratio may fall, as a share.")] = 0.2,
-    json: Annotated[Path | None, typer.Option(help="Write every row here; a folder gets <device>-<date>.json.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            help="Add the rows to this table, JSON lines, in place of older ones of their cases; "
+            "a folder has a table for each device."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of threads; may be repeated.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns that each provider takes.")] = None,

@@ -9,18 +9,18 @@ from typing import Any
 
 import qempo_fast
 
-_SUITE = Path("bench", "suite.py")
+_SUITE = Path("bench", "suite", "run.py")
 
 
 def folder() -> Path | None:
     """bench/ of the source tree: beside an editable install, or under the current folder; None in a wheel."""
     for root in (Path(qempo_fast.__file__).resolve().parents[1], Path.cwd()):
         if (root / _SUITE).is_file():
-            return (root / _SUITE).parent
+            return root / _SUITE.parts[0]
     return None
 
 
 def run(where: Path, **options: Any) -> int:
-    """Run the suite in this folder; returns the exit status."""
+    """Run the suite of this folder; returns the exit status."""
     sys.path.insert(0, str(where))
-    return importlib.import_module("suite").main(**options)
+    return importlib.import_module("suite.run").main(**options)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 import qempo_fast.kernels
 
-from . import fail
+from ._fail import fail
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 # Bytes of shared memory (LDS) that one block may take; a kernel over it compiles but cannot be launched.

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 
+from .. import _backends
 from .compile import gpu_target
 
 # What an H100 tells Triton of itself.
@@ -129,7 +130,8 @@ def _everywhere(patches: contextlib.ExitStack, original: Callable[..., Any], oth
 
 
 def _forget() -> None:
-    """Empty what was remembered of the device: functions' caches, and each kernel's compiled forms."""
+    """Empty what was remembered of the device: choices of backends, functions' caches, each kernel's compiled forms."""
+    _backends._DEFAULTS.clear()
     for module in _ours():
         for value in list(vars(module).values()):
             if hasattr(value, "device_caches"):
@@ -154,7 +156,6 @@ def standin(target: str = "cuda:90", *, compiles: bool = True) -> Iterator[Launc
     from triton.runtime.jit import JITFunction
 
     import qempo_fast.kernels  # noqa: F401
-    from qempo_fast import _backends
     from qempo_fast.kernels import _launch, linear_logps_select
 
     from .compile import signatures
@@ -162,11 +163,15 @@ def standin(target: str = "cuda:90", *, compiles: bool = True) -> Iterator[Launc
     if triton.knobs.runtime.interpret:
         raise RuntimeError("standin: unset TRITON_INTERPRET, which replaces the kernels by their interpreter")
     signatures()  # imports every kernel
+    for op, row in _backends.OPS.items():
+        if "triton" in row.backends:
+            # Imports what calls them: a module that came in later would keep the replacements below for good.
+            _backends.implementation(op, "triton")
     launches = Launches()
     reason = _backends._reason
 
     def takes_cpu(op: str, backend: str, device_type: str) -> str | None:
-        known = (backend, device_type) == ("triton", "cpu") and backend in _backends._KERNELS[op]
+        known = (backend, device_type) == ("triton", "cpu") and backend in _backends.OPS[op].backends
         return None if known else reason(op, backend, device_type)
 
     before = driver._active

@@ -127,23 +127,12 @@ def _one(
             vocabulary=model.head.shape[0],
         )
     floor, max_kl = (None, None) if constraint is None else (constraint.min_reward, constraint.max_kl)
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[seen]}"),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         bar = progress.add_task(report.TITLES[method], total=settings.steps if method != "base" else 1, seen="")
 
         def on_step(step: Step) -> None:
             curve.append(step)
-            last = curve[-5:]
-            quality, entropy = (sum(getattr(s, f) for s in last) / len(last) for f in ("quality", "entropy"))
-            progress.update(bar, advance=1, seen=f"quality {quality:.2f}, entropy {entropy:.1f} nats")
+            progress.update(bar, advance=1, seen=last_steps(curve))
 
         if method != "base":
             generator = torch.Generator().manual_seed(seed)
@@ -153,6 +142,26 @@ def _one(
         shown = f"quality {seen.quality:.2f}, {seen.distinct:.0f} cities in 100"
         progress.update(bar, completed=progress.tasks[bar].total, seen=shown)
     return report.Result(method, seen, curve, floor, max_kl)
+
+
+def progress_bars(console: Console, bar_width: int = 40) -> Progress:
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=bar_width),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[seen]}"),
+    )
+    return Progress(*columns, console=console)
+
+
+def last_steps(steps: Sequence[Step]) -> str:
+    """The mean of the last five, for the end of a bar."""
+    last = steps[-5:]
+    quality, entropy = (sum(getattr(s, f) for s in last) / len(last) for f in ("quality", "entropy"))
+    return f"quality {quality:.2f}, entropy {entropy:.1f} nats"
 
 
 def describe(settings: Settings, **more: Any) -> dict[str, Any]:

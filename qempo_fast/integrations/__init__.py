@@ -1,4 +1,7 @@
-"""The library inside other people's training code: ``hf`` (transformers) and ``trl``. Import the module you need."""
+"""The library inside other people's training code: ``hf`` (transformers), ``trl``, ``verl``, ``openrlhf``.
+
+Import the module you need. ``methods`` has the losses that they know by name.
+"""
 
 from __future__ import annotations
 

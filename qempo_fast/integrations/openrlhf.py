@@ -21,7 +21,7 @@ import torch
 
 from .. import _check
 from . import missing
-from ._groups import LOSSES, group_advantages
+from .methods import GROUPS, by_name, group_advantages
 
 _ACTOR = "openrlhf.models.actor"
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
@@ -147,9 +147,10 @@ def use_group_loss(
         ImportError: OpenRLHF is not installed, or its experience maker is not the one of 0.11.2.
         ValueError: an unknown loss; "dqo" without embed; at the first rollout, loss_agg_mode "token-mean".
     """
-    _check.choice("loss", loss, tuple(LOSSES))
-    if loss == "dqo" and embed is None:
-        _check.bad_value("embed", "a function of the experiences with loss='dqo'", None)
+    methods = by_name(GROUPS)
+    _check.choice("loss", loss, tuple(methods))
+    if embed is None and methods[loss].takes("embeddings"):
+        _check.bad_value("embed", f"a function of the experiences with loss={loss!r}", None)
     maker = _module(_MAKER)
     original = _checked(maker, "RemoteExperienceMaker.compute_advantages_and_returns")
     original = inspect.unwrap(original)

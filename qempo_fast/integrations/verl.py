@@ -19,7 +19,7 @@ import qempo_fast as qf
 
 from .. import _check
 from . import missing
-from ._groups import group_advantages
+from .methods import group_advantages
 
 try:
     import verl.utils.experimental.torch_functional as _torch_slot

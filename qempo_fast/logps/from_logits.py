@@ -1,84 +1,57 @@
-"""The autograd layer of log-probs of logits that already exist."""
+"""Log-probs of tokens where the logits exist already."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
 
-from .options import Options, accumulator
-from .stats import RowStats
-from .tile_pass import TilePass
-
-_PLAIN = Options(1.0, None, False, False, None, 0, None)
-_WITH_ENTROPY = Options(1.0, None, True, False, None, 0, None)
+from .. import _backends, _check
+from ..reference.logps import TokenLogps
+from . import _inputs, op
+from ._logits import LogpsFromLogits
+from ._options import accumulator
 
 
-_Optional = torch.Tensor | None
-
-
-def forward(
-    z: torch.Tensor,
+def logps_from_logits(
+    logits: torch.Tensor,
     targets: torch.Tensor,
-    counted: torch.Tensor,
-    inv_temperature: _Optional,
-    tiles: TilePass,
-    entropy: bool,
-) -> tuple[torch.Tensor, _Optional, torch.Tensor]:
-    """logps, 0 where not counted, and of all rows the entropy and lse."""
-    z = z if z.stride(-1) == 1 else z.contiguous()
-    options = _WITH_ENTROPY if entropy else _PLAIN
-    stats = RowStats.new(len(z), accumulator(z.dtype), z.device, entropy, False)
-    if len(z):
-        tiles.forward(z, None, inv_temperature, targets, stats, None, None, 0, options)
-    lse = stats.lse()
-    return torch.where(counted, stats.target - lse, lse.new_zeros(())), stats.entropy(), lse
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    backend: str | None = None,
+) -> TokenLogps:
+    """Log-probs of target tokens from logits that exist already, in one pass forward and one backward.
 
+    logps = z[target] - logsumexp(z), z = logits / temperature;  entropy = -sum_j p_j log p_j,  p = softmax(z)
 
-def backward(
-    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, _Optional],
-    inv_temperature: _Optional,
-    tiles: TilePass,
-    grad: _Optional,
-    grad_entropy: _Optional,
-) -> torch.Tensor:
-    """Gradient of rows = (z, targets, counted, lse, entropy)."""
-    z, targets, counted, lse, h = rows
-    if not len(z):
-        return torch.zeros_like(z, memory_format=torch.contiguous_format)
+    Args:
+        logits: (..., V) float16, bfloat16, float32 or float64; -inf masks a token.
+        targets: (...) int64 or int32 in [0, V), or ignore_index.
+        temperature: a positive number, or a tensor shaped like targets; not differentiable.
+        ignore_index: rows with this target count nowhere: outputs and gradients are 0.
+        entropy: ask for the entropy too; it is differentiable.
+        backend: see backends(); None chooses.
 
-    def wide(g: _Optional) -> _Optional:
-        return None if g is None else g.to(lse.dtype).contiguous()
+    Returns:
+        TokenLogps(logps, entropy, None), shaped like targets, float32 (float64 for float64 logits).
 
-    g, gh = wide(grad), wide(grad_entropy)
-    g = torch.zeros_like(lse) if g is None else g
-    options = _PLAIN if h is None else _WITH_ENTROPY
-    entropy = None if gh is None else h
-    return tiles.logits_gradient(z, targets, counted, inv_temperature, lse, g, gh, entropy, options)
-
-
-class LogpsFromLogits(torch.autograd.Function):
-    """(logps, entropy or None) of (N, V) logits; targets of ignored rows are 0 and counted marks the others."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        counted: torch.Tensor,
-        inv_temperature: _Optional,
-        tiles: TilePass,
-        entropy: bool,
-    ) -> tuple[torch.Tensor, _Optional]:
-        logps, h, lse = forward(logits, targets, counted, inv_temperature, tiles, entropy)
-        ctx.save_for_backward(logits, targets, counted, lse, h)
-        ctx.inv_temperature, ctx.tiles = inv_temperature, tiles
-        ctx.set_materialize_grads(False)
-        return logps, None if h is None else torch.where(counted, h, lse.new_zeros(()))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional) -> tuple[Any, ...]:
-        out = backward(ctx.saved_tensors, ctx.inv_temperature, ctx.tiles, grad, grad_entropy)
-        return out, None, None, None, None, None
+    Raises:
+        TypeError, ValueError: naming the argument, as linear_logps does.
+    """
+    _check.tensor("logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        _check.bad_value("logits", "shape (..., V) with V > 0", tuple(logits.shape))
+    _check.tensor("targets", targets, dtypes=_check.INTS, shape=logits.shape[:-1], device=logits.device)
+    _check.integer("ignore_index", ignore_index, low=-(2**63))
+    inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(logits.dtype))
+    name = _backends.choose("logps_from_logits", logits.device, backend)
+    rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
+    counted = flat != ignore_index
+    if torch.compiler.is_compiling():
+        logps, h, _ = op.logps_from_logits_fwd(rows, flat, inv_temperature, ignore_index, entropy, name)
+    else:
+        _inputs.check_values(flat, logits.shape[-1], inv_temperature, ignore_index)
+        tiles = _backends.kernel("logps_from_logits", logits.device, name)()
+        logps, h = LogpsFromLogits.apply(rows, flat.where(counted, 0), counted, inv_temperature, tiles, entropy)
+    logps = _inputs.marked(logps, flat, counted, logits.shape[-1])
+    return TokenLogps(logps.reshape(targets.shape), _inputs.shaped(h, targets) if entropy else None, None)

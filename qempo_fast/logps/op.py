@@ -11,28 +11,14 @@ from typing import Any
 import torch
 
 from .. import _backends, _check
-from . import chunked, from_logits, function
-from .head import Kept
-from .options import Options, accumulator
+from . import _logits
+from ._forward import forward as driver_forward
+from ._function import backward, head_of, live_rows, pick, scatter
+from ._head import Kept
+from ._inputs import check_values
+from ._options import Options, accumulator
 
 _Optional = torch.Tensor | None
-
-
-def outside(targets: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    return counted & (targets.clamp(0, vocabulary - 1) != targets)
-
-
-def check_values(targets: torch.Tensor, vocabulary: int, inv_temperature: _Optional, ignore_index: int) -> None:
-    """Raise on targets outside [0, vocabulary) that are counted, and on a temperature that is not positive."""
-    if not _check.readable(targets):
-        return
-    # 1 / temperature is positive and finite where the temperature is.
-    if inv_temperature is not None and not bool(((inv_temperature > 0) & inv_temperature.isfinite()).all()):
-        _check.bad_value("temperature", "positive finite values", "others among them")
-    bad = outside(targets, targets != ignore_index, vocabulary)
-    if bool(bad.any()):
-        first = int(targets[bad][0])
-        _check.bad_value("targets", f"tokens in [0, {vocabulary}) or ignore_index = {ignore_index}", first)
 
 
 def _scales(kept: list[Kept], rows: int, like: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -94,14 +80,14 @@ def linear_logps_fwd(
     """
     n, vocabulary = hidden.shape[0], weight.shape[0]
     check_values(targets, vocabulary, inv_temperature, ignore_index)
-    live = function.live_rows(targets != ignore_index)
+    live = live_rows(targets != ignore_index)
     options = Options(logit_scale, softcap, entropy, sum_sq, tau, 0 if seed is None else int(seed), None)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
-    head = function.head_of(hidden, weight, bias, targets, inv_temperature, live)
-    stats, kept = chunked.forward(tiles, head, options, 0)
+    head = head_of(hidden, weight, bias, targets, inv_temperature, live)
+    stats, kept = driver_forward(tiles, head, options, 0)
     lse = stats.lse()
     outputs = (stats.target - lse, stats.entropy(), stats.log_sum_sq(), lse)
-    full = [lse.new_empty(0) if x is None else function.scatter(x, live, n) for x in outputs]
+    full = [lse.new_empty(0) if x is None else scatter(x, live, n) for x in outputs]
     rows = 0 if tau is None else -(-n // chunk)
     return full[0], full[1], full[2], full[3], _scales(kept, rows, lse, vocabulary if rows else 0)
 
@@ -148,17 +134,17 @@ def linear_logps_bwd(
     tau: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    live = function.live_rows(targets != ignore_index)
-    head = function.head_of(hidden, weight, bias, targets, inv_temperature, live)
+    live = live_rows(targets != ignore_index)
+    head = head_of(hidden, weight, bias, targets, inv_temperature, live)
     options = Options(logit_scale, softcap, grad_entropy is not None, False, tau, 0, None)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     # scales has a row for each chunk that there would be were every row counted.
     chunks = 0 if tau is None else -(-len(head.targets) // tiles.sizes(True).chunk)
-    three = function.backward(
+    three = backward(
         tiles,
         head,
-        function.pick(lse, live),
-        None if grad_entropy is None else function.pick(entropy, live),
+        pick(lse, live),
+        None if grad_entropy is None else pick(entropy, live),
         live,
         _kept(scales[:chunks]) if chunks else [],
         options,
@@ -209,7 +195,7 @@ def logps_from_logits_fwd(
     check_values(targets, logits.shape[1], inv_temperature, ignore_index)
     counted = targets != ignore_index
     tiles = _backends.kernel("logps_from_logits", logits.device, backend)()
-    logps, full, lse = from_logits.forward(logits, targets.where(counted, 0), counted, inv_temperature, tiles, entropy)
+    logps, full, lse = _logits.forward(logits, targets.where(counted, 0), counted, inv_temperature, tiles, entropy)
     return logps, lse.new_empty(0) if full is None else full.where(counted, 0.0), lse
 
 
@@ -234,7 +220,7 @@ def logps_from_logits_bwd(
     counted = targets != ignore_index
     tiles = _backends.kernel("logps_from_logits", logits.device, backend)()
     rows = (logits, targets.where(counted, 0), counted, lse, None if grad_entropy is None else entropy)
-    return from_logits.backward(rows, inv_temperature, tiles, grad, grad_entropy)
+    return _logits.backward(rows, inv_temperature, tiles, grad, grad_entropy)
 
 
 @logps_from_logits_bwd.register_fake

@@ -1,69 +1,70 @@
-"""Running softmax statistics of each row, and their merge across vocabulary shards."""
+"""What the latest call did, for a user who asks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
+if TYPE_CHECKING:
+    from ._head import Kept
 
 
-@dataclass
-class RowStats:
-    """(N,) each: max z, sum e^(z - max), sum (z - max) e^(z - max), sum e^(2 (z - max)), the target's z."""
+@dataclass(frozen=True)
+class LogpsStats:
+    """One forward of linear_logps; see last_stats."""
 
-    max: torch.Tensor
-    sum: torch.Tensor
-    sum_z: torch.Tensor | None
-    sum_sq: torch.Tensor | None
-    target: torch.Tensor
+    backend: str
+    rows: int
+    vocabulary: int
+    tau: float | None
+    seed: int | None
+    chunk_rows: int
+    kept_columns: tuple[int, ...]
+    exact_chunks: int
+    kept_logits: bool
 
-    @classmethod
-    def new(cls, n: int, dtype: torch.dtype, device: torch.device, entropy: bool, sum_sq: bool) -> RowStats:
-        # One block of memory: two fills, where five vectors would be five launches on a GPU.
-        rows = torch.empty(3 + entropy + sum_sq, n, dtype=dtype, device=device)
-        rows[:2].fill_(-torch.inf)
-        rows[2:].zero_()
-        sums = iter(rows[3:])
-        return cls(rows[0], rows[2], next(sums) if entropy else None, next(sums) if sum_sq else None, rows[1])
+    @property
+    def kept_shares(self) -> tuple[float, ...]:
+        """Share of the columns that each row chunk kept."""
+        return tuple(k / self.vocabulary for k in self.kept_columns)
 
-    def rows(self, a: int, b: int) -> RowStats:
-        """The same memory, rows a to b."""
-        return RowStats(*(None if x is None else x[a:b] for x in self._parts()))  # type: ignore[arg-type]
+    @property
+    def kept_share(self) -> float:
+        """Mean of kept_shares, the f of the cost 2NDV (1 + 3f); 1 where the gradient is exact."""
+        return sum(self.kept_shares) / len(self.kept_columns) if self.kept_columns else 1.0
 
-    def _parts(self) -> list[torch.Tensor | None]:
-        return [getattr(self, f.name) for f in fields(self)]
 
-    def lse(self) -> torch.Tensor:
-        return self.max + self.sum.log()
+_local = threading.local()
 
-    def entropy(self) -> torch.Tensor | None:
-        # H = lse - E[z] = log sum - E[z - max]
-        return None if self.sum_z is None else self.sum.log() - self.sum_z / self.sum
 
-    def log_sum_sq(self) -> torch.Tensor | None:
-        return None if self.sum_sq is None else self.sum_sq.log() - 2 * self.sum.log()
+def record(
+    backend: str,
+    rows: int,
+    vocabulary: int,
+    tau: float | None,
+    seed: int,
+    chunk_rows: int,
+    kept: list[Kept],
+    kept_logits: bool,
+) -> None:
+    counts = tuple(vocabulary if k.columns is None else len(k.columns) for k in kept)
+    exact = sum(k.columns is None for k in kept)
+    drawn = None if tau is None else seed
+    _local.stats = LogpsStats(backend, rows, vocabulary, tau, drawn, chunk_rows, counts, exact, kept_logits)
 
-    def merged(self, group: ProcessGroup) -> RowStats:
-        """The statistics over all shards, by one all-gather: every rank merges in the same order."""
-        mine = torch.stack([x for x in self._parts() if x is not None])
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, mine, group=group)
-        shards = [self._like(p) for p in parts]
-        top = torch.stack([s.max for s in shards]).amax(0)
-        out = RowStats.new(len(top), top.dtype, top.device, self.sum_z is not None, self.sum_sq is not None)
-        out.max, out.target = top, torch.stack([s.target for s in shards]).amax(0)
-        for s in shards:
-            shift = torch.where(s.sum > 0, s.max - top, 0.0)  # an empty shard adds nothing
-            k = torch.where(s.sum > 0, shift.exp(), 0.0)
-            out.sum += k * s.sum
-            if out.sum_z is not None and s.sum_z is not None:
-                out.sum_z += k * (s.sum_z + s.sum * shift)
-            if out.sum_sq is not None and s.sum_sq is not None:
-                out.sum_sq += k * k * s.sum_sq
-        return out
 
-    def _like(self, stacked: torch.Tensor) -> RowStats:
-        rows = iter(stacked)
-        return RowStats(*(None if x is None else next(rows) for x in self._parts()))  # type: ignore[arg-type]
+def last_stats() -> LogpsStats | None:
+    """What the latest linear_logps or sequence_logps forward of this thread did; None where there was none.
+
+    It is recorded where the forward runs: under torch.compile when the graph runs, not when it is traced, and under
+    activation checkpointing by the recomputation too. Call it outside of a compiled function.
+
+    Returns:
+        LogpsStats with backend (its name), rows (tokens counted), vocabulary (rows of weight, on a shard its own), tau
+        and seed (None where no column is dropped), chunk_rows (rows that choose their columns together), kept_columns
+        (of each such chunk; empty with an exact gradient), exact_chunks (chunks past break-even, which count as
+        vocabulary columns), kept_logits (held for the backward: QEMPO_KEEP_LOGITS), and the properties kept_shares and
+        kept_share.
+    """
+    return getattr(_local, "stats", None)

@@ -1,15 +1,20 @@
 """Losses of log-probs, rewards and embeddings, differentiable in the policy's log-probs only."""
 
-from .. import _losses_triton
 from .coefficients import coefficients
 from .contrastive import epa_loss, poft_loss
 from .dqo import dqo_loss
-from .groups import group_advantages, gvpo_loss, qempo_kl_loss, qempo_loss, spl_loss, variance_loss
+from .groups import (
+    group_advantages,
+    gvpo_loss,
+    policy_gradient_loss,
+    qempo_kl_loss,
+    qempo_loss,
+    spl_loss,
+    variance_loss,
+)
 from .pairs import dpo_loss, hdpo_loss, qempo_kl_pair_loss, qempo_pair_loss, spl_pair_loss
 from .risk import rspo_loss
 from .tokens import grpo_loss
-
-_losses_triton.register()
 
 __all__ = [
     "coefficients",
@@ -21,6 +26,7 @@ __all__ = [
     "gvpo_loss",
     "hdpo_loss",
     "poft_loss",
+    "policy_gradient_loss",
     "qempo_kl_loss",
     "qempo_kl_pair_loss",
     "qempo_loss",

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .. import _check
+from .._backends import OPS
 
-# Leading arguments of each loss op that get a gradient.
-POLICY = {
-    "pair_loss": 2,
-    "group_loss": 1,
-    "variance_loss": 1,
-    "epa_loss": 3,
-    "poft_loss": 1,
-    "rspo_loss": 1,
-    "token_loss": 1,
-}
+# What the values of an argument have to be, in whichever loss has it.
+WANTED = {"rewards": "finite", "advantages": "finite", "aligned_mean_logps": "finite", "lengths": "positive"}
 
 
 def _check_positive(name: str, x: torch.Tensor) -> None:
@@ -26,13 +20,13 @@ def _check_positive(name: str, x: torch.Tensor) -> None:
         _check.bad_value(name, f"{name} above 0", float(x.min()))
 
 
-_WANTED = {"finite": _check.finite, "positive": _check_positive}
+_CHECKS = {"finite": _check.finite, "positive": _check_positive}
 
 
 # Tracing cannot read values. An operator that returns what it has checked stays in the graph and raises where it runs.
 @torch.library.custom_op("qempo_fast::values", mutates_args=())
 def _values(name: str, x: torch.Tensor, wanted: str) -> torch.Tensor:
-    _WANTED[wanted](name, x)
+    _CHECKS[wanted](name, x)
     return x.clone()
 
 
@@ -67,7 +61,7 @@ def values(name: str, x: torch.Tensor, wanted: str = "finite") -> torch.Tensor:
     """x, which has no graph, once its values are checked: "finite" or "positive"."""
     if torch.compiler.is_compiling():
         return _values(name, x, wanted)
-    _WANTED[wanted](name, x)
+    _CHECKS[wanted](name, x)
     return x
 
 
@@ -96,47 +90,29 @@ def least(baseline: str, k: int | None = None) -> int:
     return 1 if baseline == "none" else 2
 
 
-def _unread(*args: Any, **settings: Any) -> Any:
-    return args, settings
+def arguments(op: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Annotations of the op's arguments, those by position and those by keyword, as its definition has them."""
+    reference = OPS[op].reference
+    assert reference is not None
+    every = inspect.signature(reference).parameters.values()
+    by_keyword = {p.name: p.annotation for p in every if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p.annotation for p in every if p.name not in by_keyword}, by_keyword
 
 
-def _group(logps: Any, ref_logps: Any, rewards: Any, **settings: Any) -> Any:
-    at_least = least(settings.get("baseline", "mean"))
-    rewards = values("rewards", rewards)
-    return (logps, ref_logps, rewards), {
-        **settings,
-        "offsets": groups(logps.shape[0], settings["offsets"], at_least),
-    }
+_POSITIONAL = {op: tuple(arguments(op)[0]) for op, row in OPS.items() if row.room == "losses"}
 
 
-def _rspo(logps: Any, rewards: Any, **settings: Any) -> Any:
-    at_least = least(settings["baseline"], settings["k"])
-    rewards = values("rewards", rewards)
-    return (logps, rewards), {**settings, "offsets": groups(logps.shape[0], settings["offsets"], at_least)}
-
-
-def _poft(logps: Any, lengths: Any, aligned: Any, **settings: Any) -> Any:
-    aligned = values("aligned_mean_logps", aligned)
-    return (logps, values("lengths", lengths, "positive"), aligned), settings
-
-
-def _token(token_logps: Any, old: Any, advantages: Any, cu_seqlens: Any, **settings: Any) -> Any:
-    cu_seqlens = offsets("cu_seqlens", cu_seqlens, token_logps.shape[0])
-    return (token_logps, old, values("advantages", advantages), cu_seqlens), settings
-
-
-def _advantages(rewards: Any, **settings: Any) -> Any:
-    return (values("rewards", rewards),), {**settings, "offsets": groups(rewards.shape[0], settings["offsets"], 2)}
-
-
-# CHECKS[op](*args, **settings) of a loss op: the same, once their values are checked.
-CHECKS: dict[str, Callable[..., Any]] = {
-    "pair_loss": _unread,
-    "group_loss": _group,
-    "variance_loss": _group,
-    "epa_loss": _unread,
-    "poft_loss": _poft,
-    "rspo_loss": _rspo,
-    "token_loss": _token,
-    "group_advantages": _advantages,
-}
+def checked(op: str, args: Sequence[Any], settings: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """args and settings of a loss op, once their values are checked."""
+    n = args[0].shape[0]
+    out = []
+    for name, x in zip(_POSITIONAL[op], args, strict=True):
+        if name == "cu_seqlens":
+            x = offsets(name, x, n)
+        elif name in WANTED:
+            x = values(name, x, WANTED[name])
+        out.append(x)
+    if "offsets" in settings:
+        at_least = least(settings.get("baseline", "mean"), settings.get("k"))
+        settings = {**settings, "offsets": groups(n, settings["offsets"], at_least)}
+    return tuple(out), settings

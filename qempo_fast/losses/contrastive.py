@@ -6,14 +6,8 @@ from typing import Any
 
 import torch
 
-from .. import _backends, _check, _losses_cpu
-from ..reference import losses
-from . import _fused, _inputs
-
-_backends.register("epa_loss", "reference", losses.epa_loss)
-_backends.register("epa_loss", "cpu", _losses_cpu.epa_loss)
-_backends.register("poft_loss", "reference", losses.poft_loss)
-_backends.register("poft_loss", "cpu", _losses_cpu.poft_loss)
+from .. import _check
+from . import _function, _inputs
 
 
 def epa_loss(
@@ -56,7 +50,7 @@ def epa_loss(
     tensors = (positive, strong, weak, ref_positive, ref_strong, ref_weak)
     if not _fits(tensors):
         tensors = _named(tensors)
-    return _fused.loss("epa_loss", tensors, {"beta": beta, "reduction": reduction})
+    return _function.loss("epa_loss", tensors, {"beta": beta, "reduction": reduction})
 
 
 def _fits(tensors: tuple[Any, ...]) -> bool:
@@ -137,4 +131,4 @@ def poft_loss(
     if not _inputs.alike(tensors):
         dtype = _inputs.score_dtype(logps)
         tensors = [x.to(dtype) for x in tensors]
-    return _fused.loss("poft_loss", tensors, {"beta": beta, "gamma": gamma, "reduction": reduction})
+    return _function.loss("poft_loss", tensors, {"beta": beta, "gamma": gamma, "reduction": reduction})

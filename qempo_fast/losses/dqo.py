@@ -9,7 +9,7 @@ import torch
 from .. import _check
 from ..dpp import dpp_gains
 from ..reference.family import AlphaBeta
-from . import _fused, _inputs, _values
+from . import _function, _inputs, _values
 
 
 def dqo_loss(
@@ -81,7 +81,7 @@ def dqo_loss(
         "baseline": "none" if baseline == "none" else "loo",
         "bonus": alpha * diversity.reshape(-1).to(policy.dtype),
     }
-    return _fused.loss("group_loss", (policy, reference, fixed), settings)
+    return _function.loss("group_loss", (policy, reference, fixed), settings)
 
 
 def _group_size(embeddings: Any, logps: torch.Tensor, group_size: Any, offsets: Any) -> Any:

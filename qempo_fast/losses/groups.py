@@ -6,18 +6,9 @@ from typing import Any
 
 import torch
 
-from .. import _backends, _check, _losses_cpu
-from ..reference import family, groups
+from .. import _check
 from ..reference.family import AlphaBeta
-from . import _fused, _inputs, _values
-
-_backends.register("group_loss", "reference", family.group_loss)
-_backends.register("group_loss", "cpu", _losses_cpu.group_loss)
-_backends.register("variance_loss", "reference", family.variance_loss)
-_backends.register("variance_loss", "cpu", _losses_cpu.variance_loss)
-_backends.register("group_advantages", "reference", groups.group_advantages)
-_backends.register("group_advantages", "cpu", _losses_cpu.group_advantages)
-
+from . import _function, _inputs, _values
 
 _NAMES = ("logps", "rewards", "ref_logps")
 
@@ -27,13 +18,13 @@ def _group_loss(
 ) -> torch.Tensor:
     _check.choice("baseline", baseline, _inputs.BASELINES)
     tensors, settings = _grouped(logps, ref_logps, rewards, ab, group_size, offsets, _values.least(baseline))
-    return _fused.loss("group_loss", tensors, {**settings, "baseline": baseline, "bonus": None})
+    return _function.loss("group_loss", tensors, {**settings, "baseline": baseline, "bonus": None})
 
 
 def _variance_loss(
     logps: Any, ref_logps: Any, rewards: Any, ab: AlphaBeta, group_size: Any, offsets: Any
 ) -> torch.Tensor:
-    return _fused.loss("variance_loss", *_grouped(logps, ref_logps, rewards, ab, group_size, offsets, 2))
+    return _function.loss("variance_loss", *_grouped(logps, ref_logps, rewards, ab, group_size, offsets, 2))
 
 
 def _grouped(
@@ -224,7 +215,8 @@ def gvpo_loss(
 
     Args:
         logps: (S,) float, log-prob of each response, summed over its tokens.
-        ref_logps: (S,) float, of the old or reference policy. Detached.
+        ref_logps: (S,) float, of the model that the optimum is tilted from: the one that training starts from, or, as
+            the authors take it, the policy of the previous step, which sampled. Detached.
         rewards: (S,) float, finite. Detached.
         beta: KL coefficient, > 0; the paper's default, 0.1, is robust in [0.05, 0.2].
         group_size: responses per prompt, where equal, at least 2; exactly one of group_size and offsets.
@@ -239,6 +231,31 @@ def gvpo_loss(
     _check.positive("beta", beta)
     _inputs.needs_reference("ref_logps", ref_logps, beta)
     return _variance_loss(logps, ref_logps, rewards, AlphaBeta.of_kl(beta), group_size, offsets)
+
+
+def policy_gradient_loss(logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Policy gradient at advantages of your own: what every group method comes to once its advantages are known.
+
+        L = -mean_i A_i l_i,   dL/dl_i = -A_i / S
+
+    REINFORCE (Williams, 1992). ``group_advantages`` makes GRPO's advantages; any number per response will do.
+
+    Args:
+        logps: (S,) float, log-prob of each response, summed over its tokens.
+        advantages: (S,) float, finite. Detached.
+
+    Returns:
+        A scalar, the mean over all S samples; its value is a surrogate, only its gradient means something.
+
+    Raises:
+        TypeError, ValueError: a tensor of another type, shape or device; advantages not finite.
+    """
+    _inputs.given("advantages", advantages)
+    policy, fixed = _inputs.scores(("logps", "advantages"), (logps, advantages))
+    # The family's online loss with nothing but a reward, which is checked there under another name.
+    fixed = _values.values("advantages", fixed.detach())
+    settings = {"alpha": 0.0, "beta": 0.0, "group_size": 1, "offsets": None, "baseline": "none", "bonus": None}
+    return _function.loss("group_loss", (policy, None, fixed), settings)
 
 
 def group_advantages(
@@ -274,4 +291,4 @@ def group_advantages(
     _check.tensor("rewards", rewards, ndim=1)
     offsets = _inputs.group_layout(rewards.shape[0], group_size, offsets, rewards.device, at_least=2)
     values = rewards.detach().to(_inputs.score_dtype(rewards)).contiguous()
-    return _fused.advantages(values, group_size=group_size, offsets=offsets, scale=scale, baseline=baseline)
+    return _function.advantages(values, group_size=group_size, offsets=offsets, scale=scale, baseline=baseline)

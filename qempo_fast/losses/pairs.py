@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 
-from .. import _backends, _check, _losses_cpu
-from ..reference import family
+from .. import _check
 from ..reference.family import AlphaBeta
-from . import _fused, _inputs
+from . import _function, _inputs
 
-_backends.register("pair_loss", "reference", family.pair_loss)
-_backends.register("pair_loss", "cpu", _losses_cpu.pair_loss)
 _NAMES = ("chosen", "rejected", "ref_chosen", "ref_rejected")
 
 
@@ -30,7 +27,7 @@ def _pair_loss(
     _check.choice("reduction", reduction, _inputs.REDUCTIONS)
     _inputs.given("rejected", rejected)
     settings = {"alpha": ab.alpha, "beta": ab.beta, "label_smoothing": label_smoothing, "reduction": reduction}
-    return _fused.loss("pair_loss", _inputs.scores(_NAMES, scores, policy=2), settings)
+    return _function.loss("pair_loss", _inputs.scores(_NAMES, scores, policy=2), settings)
 
 
 def dpo_loss(

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import _backends, _check, _losses_cpu
-from ..reference import losses
-from . import _fused, _inputs, _values
-
-_backends.register("rspo_loss", "reference", losses.rspo_loss)
-_backends.register("rspo_loss", "cpu", _losses_cpu.rspo_loss)
+from .. import _check
+from . import _function, _inputs, _values
 
 
 def rspo_loss(
@@ -53,4 +49,4 @@ def rspo_loss(
     at_least = _values.least(baseline, k)
     offsets = _inputs.group_layout(policy.shape[0], group_size, offsets, policy.device, at_least=at_least)
     settings = {"k": k, "group_size": group_size, "offsets": offsets, "baseline": baseline}
-    return _fused.loss("rspo_loss", (policy, fixed), settings)
+    return _function.loss("rspo_loss", (policy, fixed), settings)

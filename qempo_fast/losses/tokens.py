@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import _backends, _check, _losses_cpu
-from ..reference import losses
-from . import _fused, _inputs
+from .. import _check
+from . import _function, _inputs
 
-_backends.register("token_loss", "reference", losses.grpo_loss)
-_backends.register("token_loss", "cpu", _losses_cpu.token_loss)
 _NAMES = ("token_logps", "old_token_logps", "ref_token_logps")
 
 
@@ -64,6 +61,36 @@ def grpo_loss(
         TypeError, ValueError: a tensor of another type, shape or device; advantages not finite; cu_seqlens
             that do not cover the tokens; a hyperparameter out of range.
     """
+    return _token_loss(
+        "clip",
+        token_logps,
+        old_token_logps,
+        advantages,
+        cu_seqlens,
+        ref_token_logps=ref_token_logps,
+        kl=kl,
+        eps_low=eps_low,
+        eps_high=eps_high,
+        ratio=ratio,
+        normalize=normalize,
+    )
+
+
+def _token_loss(
+    surrogate: str,
+    token_logps: torch.Tensor,
+    old_token_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    normalize: str | float,
+    eps_low: float = 0.0,
+    eps_high: float = 0.0,
+    ratio: str = "token",
+    ref_token_logps: torch.Tensor | None = None,
+    kl: float = 0.0,
+) -> torch.Tensor:
+    """The op of arguments that are not checked yet, by whichever surrogate."""
     _check.number("kl", kl, low=0.0)
     _check.number("eps_low", eps_low, low=0.0)
     _check.number("eps_high", eps_high, low=0.0)
@@ -85,5 +112,6 @@ def grpo_loss(
         "eps_high": eps_high,
         "ratio": ratio,
         "normalize": normalize,
+        "surrogate": surrogate,
     }
-    return _fused.loss("token_loss", (policy, old, advantages.to(policy.dtype), cu_seqlens), settings)
+    return _function.loss("token_loss", (policy, old, advantages.to(policy.dtype), cu_seqlens), settings)

@@ -12,6 +12,8 @@ from . import _inputs
 
 def _cosines(embeddings: Any) -> torch.Tensor:
     """(..., n, n) cosines; a zero row resembles itself alone."""
+    if isinstance(embeddings, str) or (isinstance(embeddings, (list, tuple)) and str in map(type, embeddings)):
+        _check.bad_type("embeddings", "one row of numbers for each response (embed first)", "texts")
     x = _inputs.numbers("embeddings", embeddings)
     if x.ndim < 2 or x.shape[-1] < 1 or x.shape[-2] < 1:
         _check.bad_value("embeddings", "shape (..., n, width) with n and width at least 1", tuple(x.shape))

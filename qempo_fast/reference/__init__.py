@@ -3,24 +3,23 @@
 No argument is checked here; the public functions of qempo_fast do that.
 """
 
+from .contrastive import epa_loss, poft_loss
 from .dpp import DppGains, dpp_gains, dpp_logdet, dpp_select
 from .dqo import dqo_loss
-from .family import (
-    dpo_loss,
+from .groups import (
+    group_advantages,
     gvpo_loss,
-    hdpo_loss,
+    policy_gradient_loss,
     qempo_kl_loss,
-    qempo_kl_pair_loss,
     qempo_loss,
-    qempo_pair_loss,
     spl_loss,
-    spl_pair_loss,
     variance_loss,
 )
-from .groups import group_advantages
 from .logps import SequenceLogps, TokenLogps, linear_logps, logps_from_logits, sequence_logps
-from .losses import epa_loss, grpo_loss, poft_loss, rspo_loss
+from .pairs import dpo_loss, hdpo_loss, qempo_kl_pair_loss, qempo_pair_loss, spl_pair_loss
+from .risk import rspo_loss
 from .segments import segment_sum
+from .tokens import grpo_loss
 
 __all__ = [
     "DppGains",
@@ -39,6 +38,7 @@ __all__ = [
     "linear_logps",
     "logps_from_logits",
     "poft_loss",
+    "policy_gradient_loss",
     "qempo_kl_loss",
     "qempo_kl_pair_loss",
     "qempo_loss",

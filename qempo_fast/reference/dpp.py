@@ -29,18 +29,28 @@ class DppGains(NamedTuple):
     baselines: torch.Tensor
 
 
+class Inputs(NamedTuple):
+    """Embeddings of equal groups (G, k, d), or (M, d) with offsets (G + 1,); log_quality (G, k) or (M,)."""
+
+    x: torch.Tensor
+    log_quality: torch.Tensor | None
+    offsets: torch.Tensor | None
+
+
+Grads = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
 class DppForward(NamedTuple):
     """What a DPP kernel hands to autograd: results, tensors to keep, the backward pass that takes them.
 
-    bwd(grad_logdet, grad_gains, x, log_quality, offsets, saved, ridge, normalize): one of the incoming gradients may be
-    None, which is zero.
+    bwd takes the gradients of logdet and gains, either may be None for zero, and gives those of x and log_quality.
     """
 
     logdet: torch.Tensor
     gains: torch.Tensor
     baselines: torch.Tensor
     saved: tuple[torch.Tensor, ...]
-    bwd: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]]
+    bwd: Callable[[Grads, Inputs, Sequence[torch.Tensor], float, bool], Grads]
 
 
 class _Factor(NamedTuple):
@@ -269,17 +279,9 @@ def dpp_fwd(
     return DppForward(logdet, gains, baselines, tuple(saved), dpp_bwd)
 
 
-def dpp_bwd(
-    grad_logdet: torch.Tensor | None,
-    grad_gains: torch.Tensor | None,
-    x: torch.Tensor,
-    log_quality: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    saved: Sequence[torch.Tensor],
-    ridge: float,
-    normalize: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients with respect to x and log_quality from what dpp_fwd kept; an incoming gradient of None is zero."""
+def dpp_bwd(grads: Grads, inputs: Inputs, saved: Sequence[torch.Tensor], ridge: float, normalize: bool) -> Grads:
+    """Gradients by x and log_quality from those of logdet and gains and what dpp_fwd kept; None comes in for zero."""
+    (grad_logdet, grad_gains), (x, log_quality, offsets) = grads, inputs
     dtype = None if log_quality is None else log_quality.dtype
     if offsets is None:
         grad, quality = _bwd(grad_logdet, grad_gains, x, saved, normalize)
@@ -318,7 +320,8 @@ def _input_grads(ctx: Any, grad_logdet: Any, grad_gains: Any) -> Any:
     if grad_logdet is None and grad_gains is None:
         return (None,) * 6
     x, log_quality, offsets, *saved = ctx.saved_tensors
-    grad_x, grad_quality = ctx.bwd(grad_logdet, grad_gains, x, log_quality, offsets, saved, *ctx.settings)
+    inputs = Inputs(x, log_quality, offsets)
+    grad_x, grad_quality = ctx.bwd((grad_logdet, grad_gains), inputs, saved, *ctx.settings)
     _, need_x, need_quality, *_ = ctx.needs_input_grad
     return None, grad_x if need_x else None, grad_quality if need_quality else None, None, None, None
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from .dpp import dpp_gains
-from .family import AlphaBeta, group_loss
+from .family import AlphaBeta
+from .groups import group_loss
 
 
 def dqo_loss(

@@ -1,4 +1,4 @@
-"""Groups of samples in plain torch: layout, baselines, group advantages.
+"""Groups of samples in plain torch: layout, baselines, advantages, and the (alpha, beta) family's two group losses.
 
 A group is the k responses to one prompt. Groups lie one after another in (S,) tensors, of equal size
 (``group_size``) or ragged (``offsets``, (G + 1,)).
@@ -6,7 +6,11 @@ A group is the k responses to one prompt. Groups lie one after another in (S,) t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from .family import AlphaBeta, reduced
 
 # The constant that GRPO adds to the standard deviation (2402.03300; TRL's grpo_trainer).
 STD_EPS = 1e-4
@@ -58,7 +62,86 @@ def group_advantages(
     centred = centre(rewards, baseline, group_size=group_size, offsets=offsets)
     if scale == "none":
         return centred
+    if scale != "std":
+        raise ValueError(f"scale: wanted 'none' or 'std', got {scale!r}")
     deviations, mask = to_groups(centre(rewards, "mean", group_size=group_size, offsets=offsets), group_size, offsets)
     size = mask.sum(1, keepdim=True)
     std = (deviations.square().sum(1, keepdim=True) / (size - 1)).sqrt()
     return centred / from_groups((std + STD_EPS).expand_as(deviations), mask, offsets)
+
+
+def policy_gradient_loss(logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """-mean A_i l_i."""
+    return reduced(-advantages * logps, "mean")
+
+
+def group_loss(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    rewards: torch.Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    group_size: int | None = None,
+    offsets: torch.Tensor | None = None,
+    baseline: str = "loo",
+    bonus: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """-mean A_i l_i, A_i = S_i - baseline + bonus_i, S_i = r_i - alpha sg(l_i) + beta f_i."""
+    shaped = rewards - alpha * logps.detach()
+    if ref_logps is not None:
+        shaped = shaped + beta * ref_logps
+    advantages = centre(shaped, baseline, group_size=group_size, offsets=offsets)
+    if bonus is not None:
+        advantages = advantages + bonus
+    return policy_gradient_loss(logps, advantages)
+
+
+def variance_loss(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    rewards: torch.Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    group_size: int | None = None,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean over groups of sum_i d_i^2 / (2 (k - 1)), d_i the group-centred alpha l_i - beta f_i - r_i."""
+    residual = alpha * logps - rewards
+    if ref_logps is not None:
+        residual = residual - beta * ref_logps
+    centred = centre(residual, "mean", group_size=group_size, offsets=offsets)
+    d, mask = to_groups(centred, group_size, offsets)
+    return reduced(d.square().sum(1) / (2 * (mask.sum(1) - 1)), "mean")
+
+
+# The members; **kw is group_size, offsets and baseline.
+
+
+def spl_loss(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor | None,
+    rewards: torch.Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    **kw: Any,
+) -> torch.Tensor:
+    return group_loss(logps, ref_logps, rewards, alpha=alpha, beta=beta, **kw)
+
+
+def qempo_loss(logps: torch.Tensor, rewards: torch.Tensor, *, lam: float, **kw: Any) -> torch.Tensor:
+    return group_loss(logps, None, rewards, **AlphaBeta.of_qempo(lam)._asdict(), **kw)
+
+
+def qempo_kl_loss(
+    logps: torch.Tensor, ref_logps: torch.Tensor, rewards: torch.Tensor, *, lam: float, mu: float, **kw: Any
+) -> torch.Tensor:
+    return group_loss(logps, ref_logps, rewards, **AlphaBeta.of_qempo(lam, mu)._asdict(), **kw)
+
+
+def gvpo_loss(
+    logps: torch.Tensor, ref_logps: torch.Tensor, rewards: torch.Tensor, *, beta: float = 0.1, **kw: Any
+) -> torch.Tensor:
+    return variance_loss(logps, ref_logps, rewards, **AlphaBeta.of_kl(beta)._asdict(), **kw)

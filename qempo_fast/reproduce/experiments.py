@@ -14,7 +14,7 @@ from ..demo.evaluate import Evaluation
 from ..demo.run import FULL
 from ..demo.train import Batch, Settings, make_constraint
 from .claims import Claim, Columns, Rows, best_at, compare
-from .run import Lab
+from .lab import Lab
 
 # The same slack in quality that the demo's constraint has; a quality near 0.98 has a standard error of 0.007.
 QUALITY_MARGIN = FULL.quality_margin

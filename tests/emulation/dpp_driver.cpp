@@ -1,6 +1,6 @@
 // The launchers under C names, for ctypes.
 #include "cuda_runtime.h"
-#include "qempo/cuda_dpp.h"
+#include "qempo/dpp_cuda.h"
 
 using namespace qempo::cuda;
 

@@ -1,4 +1,5 @@
-// What the ops do with memory beyond arithmetic: page sizes, and rows read and added by index.
+#include "qempo/memory.h"
+
 #include <cstring>
 
 #include "qempo/cpu.h"

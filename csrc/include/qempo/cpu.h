@@ -1,4 +1,4 @@
-// What every CPU op shares: instruction-set dispatch and threads. Nothing here knows torch or Python.
+// What every CPU op shares: instruction sets, dtypes and threads. Nothing here knows torch or Python.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,26 @@ const char* isa_name(Isa level);
 // "GenuineIntel", "AuthenticAMD", ... or "" where cpuid does not exist.
 const char* vendor();
 
+// What the rows of an op hold, under the numbers that Python passes.
+enum class Dtype { f32, bf16, f64 };
+
+// A kernel for each dtype; that of double rows computes in double, the others in float.
+template <class F, class F64 = F>
+struct ByDtype {
+  F f32, bf16;
+  F64 f64;
+
+  // run(zero of the type that it computes in, kernel) with the kernel of dtype.
+  template <class Run>
+  void with(int dtype, const Run& run) const {
+    switch (static_cast<Dtype>(dtype)) {
+      case Dtype::f32: return run(0.f, f32);
+      case Dtype::bf16: return run(0.f, bf16);
+      case Dtype::f64: return run(0.0, f64);
+    }
+  }
+};
+
 // Name of the thread runtime in use: "openmp" (the one already in the process) or "std::thread".
 const char* thread_runtime();
 
@@ -28,26 +48,5 @@ void parallel(int threads, int64_t items, F& body) {
     (*static_cast<F*>(context))(thread, begin, end);
   });
 }
-
-// Asks for huge pages under a large buffer not yet touched: first writing 100 MB takes 36 ms in pages of 4 KiB, 8 ms
-// so.
-void ask_huge_pages(void* data, int64_t bytes);
-
-// out[i, :] = rows[index[i], :] for i < n, rows of that many bytes; the rows of out from n to padded repeat the first.
-void gather_rows(void* out, const void* rows, const int64_t* index, int64_t n, int64_t padded, int64_t bytes,
-                 int threads);
-
-// out[index[i], :] += rows[i, :] for n distinct indices; out and rows are dense with d columns. seen marks the rows of
-// out that hold a value: the first row added to another is stored, so out needs no zeroing first. bfloat16 rows are
-// read as their bits. torch's index_add_ runs on one thread: it took 12% of a float32 step and 20% of a bfloat16 one.
-void add_rows(double* out, uint8_t* seen, const int64_t* index, const double* rows, int64_t n, int64_t d, int threads);
-void add_rows(float* out, uint8_t* seen, const int64_t* index, const float* rows, int64_t n, int64_t d, int threads);
-void add_rows(float* out, uint8_t* seen, const int64_t* index, const uint16_t* rows, int64_t n, int64_t d, int threads);
-
-// Zeroes the rows of out, of that many bytes, that seen does not mark.
-void zero_unseen(void* out, const uint8_t* seen, int64_t n, int64_t bytes, int threads);
-
-// out[r, :] = rows[r, :] rounded to bfloat16, 0 where seen does not mark r.
-void round_rows(uint16_t* out, const uint8_t* seen, const float* rows, int64_t n, int64_t d, int threads);
 
 }  // namespace qempo::cpu

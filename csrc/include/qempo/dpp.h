@@ -1,4 +1,7 @@
-// Log-determinants, gains and baselines of groups of embeddings, and their gradients. Derivations: docs/dpp.md.
+// Log-determinants, gains and baselines of groups of embeddings, and their gradients: with A = L + ridge I of a group,
+// logdet = log det A, gain_i = logdet - log det A without i, baseline_i = mean over the others j of gain_j without i.
+// Loops: csrc/cpu/dpp.cpp, csrc/cpu/common/dpp_careful.cpp; reference: qempo_fast/reference/dpp.py; derivations:
+// docs/dpp.md.
 #pragma once
 
 #include <cstdint>
@@ -44,9 +47,9 @@ using DppBackward = void (*)(const DppGroups&, const DppGrads&, int threads);
 using DppSelect = void (*)(const DppGroups&, int64_t n, int64_t* picks, int threads);
 
 struct DppKernels {
-  DppForward forward_f32, forward_bf16, forward_f64;
-  DppBackward backward_f32, backward_bf16, backward_f64;
-  DppSelect select_f32, select_bf16, select_f64;
+  ByDtype<DppForward> forward;
+  ByDtype<DppBackward> backward;
+  ByDtype<DppSelect> select;
 };
 
 // One table per instruction set, each from its own compilation of cpu/dpp.cpp.
@@ -60,11 +63,11 @@ double dpp_noise(int64_t k);
 
 // Groups with s^2 / ridge above 1e4 take these, the square-root factorisation of docs/dpp.md, in scalar double.
 // cosines (k, k) with diagonal 1, or 0 for a zero row; log_s (k), -infinity for a zero row.
-bool dpp_is_hard(int64_t k, const double* log_s, double ridge);
-void dpp_hard_forward(int64_t k, const double* cosines, const double* log_s, double ridge, double* logdet,
-                      double* gains, double* baselines);
+bool dpp_is_careful(int64_t k, const double* log_s, double ridge);
+void dpp_careful_forward(int64_t k, const double* cosines, const double* log_s, double ridge, double* logdet,
+                         double* gains, double* baselines);
 // W (k, k): d X = W X for unit rows X and incoming gradients of logdet and gains.
-void dpp_hard_backward(int64_t k, const double* cosines, const double* log_s, double ridge, double grad_logdet,
-                       const double* grad_gains, double* w);
+void dpp_careful_backward(int64_t k, const double* cosines, const double* log_s, double ridge, double grad_logdet,
+                          const double* grad_gains, double* w);
 
 }  // namespace qempo::cpu

@@ -1,5 +1,5 @@
 // The fused row and column pass of the CPU log-probs: one read of a tile of logits forward, one in place backward.
-// Derivations: docs/linear_logps.md.
+// Loops: csrc/cpu/logps.cpp; reference: qempo_fast/reference/logps.py; derivations: docs/linear_logps.md.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,6 @@
 #include "qempo/cpu.h"
 
 namespace qempo::cpu {
-
-enum class Dtype { f32, bf16, f64 };
 
 // A (n, c) tile of raw head outputs hidden @ weight.T, rows ld apart, whose first column is v0 of the vocabulary.
 struct Tile {
@@ -58,10 +56,8 @@ template <class A>
 using LogpsBackward = void (*)(const Tile&, const Head<A>&, const RowGrads<A>&, int threads);
 
 struct LogpsKernels {
-  LogpsForward<float> forward_f32, forward_bf16;
-  LogpsForward<double> forward_f64;
-  LogpsBackward<float> backward_f32, backward_bf16;
-  LogpsBackward<double> backward_f64;
+  ByDtype<LogpsForward<float>, LogpsForward<double>> forward;
+  ByDtype<LogpsBackward<float>, LogpsBackward<double>> backward;
 };
 
 // One table per instruction set, each from its own compilation of cpu/logps.cpp.
@@ -70,11 +66,11 @@ namespace avx2 { const LogpsKernels& logps_kernels(); }
 namespace avx512 { const LogpsKernels& logps_kernels(); }
 const LogpsKernels& logps_kernels();
 
-// Chooses the kept columns of one row chunk. statistic (copies, vocabulary): maxima of log u as the forward left them,
-// reduced here. Column j is kept with probability q = min(1, u' / tau), u' = u, or u (1 - log u + entropy) where
-// entropy >= 0; columns with forced[j] != 0 always. Uniform numbers are a function of (seed, chunk, first_column + j)
-// alone. Writes kept indices, ascending, and 1 / q, into room for vocabulary of them; returns how many, and how many
-// were to be expected (the sum of q, to 6%).
+// Chooses the kept columns of one row chunk (csrc/cpu/common/logps_select.cpp). statistic (copies, vocabulary): maxima
+// of log u as the forward left them, reduced here. Column j is kept with probability q = min(1, u' / tau), u' = u, or u
+// (1 - log u + entropy) where entropy >= 0; columns with forced[j] != 0 always. Uniform numbers are a function of
+// (seed, chunk, first_column + j) alone. Writes kept indices, ascending, and 1 / q, into room for vocabulary of them;
+// returns how many, and how many were to be expected (the sum of q, to 6%).
 template <class A>
 std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, int64_t vocabulary, double tau,
                                           double entropy, const uint8_t* forced, uint64_t seed, int64_t chunk,

@@ -1,4 +1,7 @@
-// Losses of log-probs and their coefficients d loss / d log-prob, one pass each. Formulae: docs/losses.md.
+// Losses of log-probs and their coefficients d loss / d log-prob, one pass each.
+//
+// Each struct says its loss, the file that has the loop, and the reference: the same loss in plain torch, which tests
+// hold it to. s(h) is the logistic sigmoid, l a log-prob, f the reference model's; docs/losses.md derives the formulae.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +11,13 @@
 namespace qempo::cpu {
 
 // Tensors are dense and of one type A, float or double; arithmetic is double, or float where its rounding is the last.
+
+// The words of Python's settings, in the order of the tables in qempo_fast/losses/cpu.py.
 enum class Reduction { mean, sum, none };
 enum class Baseline { none, mean, loo };
+enum class Scale { none, std };
+enum class Normalize { sequence, token, number };
+enum class Surrogate { clip };
 
 // What a kernel answers: everything written, or values that the loss does not take, found before anything is used.
 enum class Status { done, bad_values };
@@ -29,6 +37,8 @@ struct Segments {
   bool cover(int64_t total, int64_t at_least) const;
 };
 
+// pair_loss: -(1 - e) log s(h) - e log s(-h),  h = alpha (l_chosen - l_rejected) - beta (f_chosen - f_rejected),
+// e = label_smoothing. Loop: csrc/cpu/loss_pairs.cpp; reference: qempo_fast/reference/pairs.py.
 template <class A>
 struct Pairs {
   int64_t rows;
@@ -38,6 +48,8 @@ struct Pairs {
   A *value, *coef_chosen, *coef_rejected;  // scalar or (rows); (rows)
 };
 
+// poft_loss: -log s(h),  h = beta l / length - beta mean over models of aligned + gamma.
+// Loop: csrc/cpu/loss_contrastive.cpp; reference: qempo_fast/reference/contrastive.py.
 template <class A>
 struct Poft {
   int64_t rows, models;
@@ -47,6 +59,8 @@ struct Poft {
   A *value, *coef;
 };
 
+// epa_loss: log(1 + sum_j e^(u_j - u_positive)),  u = beta (l - f), j over the strong and weak negatives.
+// Loop: csrc/cpu/loss_contrastive.cpp; reference: qempo_fast/reference/contrastive.py.
 template <class A>
 struct Epa {
   int64_t rows, strong_count, weak_count;
@@ -56,6 +70,9 @@ struct Epa {
   A *value, *coef_positive, *coef_strong, *coef_weak;
 };
 
+// group_loss: -mean_i (S_i - b_i + bonus_i) l_i,  S_i = r_i - alpha l_i + beta f_i without gradient, b_i the baseline.
+// variance_loss: mean over groups of sum_i d_i^2 / (2 (k - 1)),  d_i = alpha l_i - beta f_i - r_i less its group's
+// mean. Loops: csrc/cpu/loss_groups.cpp; reference: qempo_fast/reference/groups.py.
 template <class A>
 struct Groups {
   Segments groups;
@@ -66,6 +83,21 @@ struct Groups {
   A *value, *coef;  // scalar, (samples)
 };
 
+// group_advantages: (r_i - b_i) / (std + epsilon), std with k - 1; or r_i - b_i for Scale::none.
+// Loop: csrc/cpu/loss_groups.cpp; reference: qempo_fast/reference/groups.py.
+template <class A>
+struct Advantages {
+  Segments groups;
+  int64_t samples;
+  const A* rewards;
+  Scale scale;
+  double epsilon;  // added to the standard deviation
+  Baseline baseline;
+  A* out;
+};
+
+// rspo_loss: -mean_i k w_i l_i,  w_i = mean over (k - 1)-subsets T of the group's others of max(r_i - max_T r, 0).
+// Loop: csrc/cpu/loss_risk.cpp; reference: qempo_fast/reference/risk.py.
 template <class A>
 struct Risk {
   Segments groups;
@@ -74,19 +106,9 @@ struct Risk {
   A *value, *coef;
 };
 
-template <class A>
-struct Advantages {
-  Segments groups;
-  int64_t samples;
-  const A* rewards;
-  bool standardize;
-  double epsilon;  // added to the standard deviation
-  Baseline baseline;
-  A* out;
-};
-
-enum class Normalize { sequence, token, number };
-
+// token_loss: sum_it norm_i (surrogate(rho, A_i) + kl (e^d - d - 1)),  rho = e^(l - old) of the token, or of the
+// sequence's means; d = f - l; norm as normalize says; clip: -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A).
+// Loop and surrogates: csrc/cpu/loss_tokens.cpp; reference: qempo_fast/reference/tokens.py.
 template <class A>
 struct Tokens {
   Segments sequences;
@@ -97,46 +119,35 @@ struct Tokens {
   bool sequence_ratio;
   Normalize normalize;
   double limit;  // of Normalize::number
+  Surrogate surrogate;
   A *value, *coef;
 };
 
 template <class A>
 struct LossKernels {
-  Status (*pairs)(const Pairs<A>&, int threads);
-  Status (*poft)(const Poft<A>&, int threads);
-  Status (*epa)(const Epa<A>&, int threads);
-  Status (*groups)(const Groups<A>&, int threads);
-  Status (*variance)(const Groups<A>&, int threads);
-  Status (*advantages)(const Advantages<A>&, int threads);
-  Status (*risk)(const Risk<A>&, int threads);
-  Status (*tokens)(const Tokens<A>&, int threads);
+  Status (*pair_loss)(const Pairs<A>&, int threads);
+  Status (*poft_loss)(const Poft<A>&, int threads);
+  Status (*epa_loss)(const Epa<A>&, int threads);
+  Status (*group_loss)(const Groups<A>&, int threads);
+  Status (*variance_loss)(const Groups<A>&, int threads);
+  Status (*group_advantages)(const Advantages<A>&, int threads);
+  Status (*rspo_loss)(const Risk<A>&, int threads);
+  Status (*token_loss)(const Tokens<A>&, int threads);
 };
 
-// Entries of one instruction set, each family from its own file; common/losses.cpp makes the tables.
-#define QEMPO_LOSSES(isa)                       \
-  namespace isa {                               \
-  template <class A>                            \
-  Status pairs_loss(const Pairs<A>&, int);      \
-  template <class A>                            \
-  Status poft_loss(const Poft<A>&, int);        \
-  template <class A>                            \
-  Status epa_loss(const Epa<A>&, int);          \
-  template <class A>                            \
-  Status group_loss(const Groups<A>&, int);     \
-  template <class A>                            \
-  Status variance_loss(const Groups<A>&, int);  \
-  template <class A>                            \
-  Status advantages(const Advantages<A>&, int); \
-  template <class A>                            \
-  Status risk_loss(const Risk<A>&, int);        \
-  template <class A>                            \
-  Status token_loss(const Tokens<A>&, int);     \
-  }
-QEMPO_LOSSES(baseline)
-QEMPO_LOSSES(avx2)
-QEMPO_LOSSES(avx512)
-#undef QEMPO_LOSSES
-
+// One table per instruction set, each from its own compilation of csrc/cpu/losses.cpp.
+namespace baseline {
+template <class A>
+const LossKernels<A>& loss_kernels();
+}
+namespace avx2 {
+template <class A>
+const LossKernels<A>& loss_kernels();
+}
+namespace avx512 {
+template <class A>
+const LossKernels<A>& loss_kernels();
+}
 template <class A>
 const LossKernels<A>& loss_kernels();
 

@@ -12,11 +12,10 @@ except ModuleNotFoundError as error:
     raise missing(error, "trl") from error
 
 from .constraint import QualityConstraintCallback
-from .group import GroupTrainer
+from .group import GROUP_LOSSES, GroupTrainer
 from .kernel import FusedLogps, use_fused_logps
-from .methods import GROUP_LOSSES, OFFLINE_LOSSES, PAIR_LOSSES
-from .offline import OfflineGroupTrainer
-from .preference import PreferenceTrainer
+from .offline import OFFLINE_LOSSES, OfflineGroupTrainer
+from .preference import PAIR_LOSSES, PreferenceTrainer
 
 __all__ = [
     "GROUP_LOSSES",

@@ -13,7 +13,7 @@ import qempo_fast as qf
 
 from ... import _check
 
-_SETTINGS = ("min_reward", "max_kl", "lr", "kl_lr", "lam_min", "lam_max", "mu_max", "step")
+_SETTINGS = ("min_reward", "max_kl", "lr", "kl_lr", "lam_min", "lam_max", "mu_max", "step", "damping", "smoothing")
 
 
 class QualityConstraintCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -49,10 +49,18 @@ class QualityConstraintCallback(TrainerCallback, ExportableState):  # type: igno
         self._seen = []
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step and saved:
-            for name in ("lam", "mu"):
-                getattr(self.constraint, name).fill_(saved["args"]["constraint"][name])
+            self.buffers = saved["attributes"]["buffers"]
+
+    @property
+    def buffers(self) -> dict[str, Any]:
+        """The constraint's state_dict as numbers and lists: multipliers, and what damping remembers."""
+        return {name: x.tolist() for name, x in self.constraint.state_dict().items()}
+
+    @buffers.setter
+    def buffers(self, saved: Mapping[str, Any]) -> None:
+        self.constraint.load_state_dict({name: torch.tensor(x) for name, x in saved.items()})
 
     def state(self) -> dict[str, Any]:
         settings = {name: getattr(self.constraint, name) for name in _SETTINGS}
         settings |= {"lam": float(self.constraint.lam), "mu": float(self.constraint.mu)}
-        return {"args": {"constraint": settings}, "attributes": {}}
+        return {"args": {"constraint": settings}, "attributes": {"buffers": self.buffers}}

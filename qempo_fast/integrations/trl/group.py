@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +14,23 @@ from trl import GRPOConfig, GRPOTrainer
 import qempo_fast as qf
 
 from ... import _check
-from .._groups import Rows
+from ...reference.family import AlphaBeta
+from ..methods import GROUPS, Method, by_name
 from .constraint import QualityConstraintCallback
 from .kernel import use_fused_logps
-from .methods import GROUP_LOSSES, Method, alpha_beta, refuse_unused, tried, with_beta
+from .settings import (
+    refuse_no_reference,
+    refuse_unknown,
+    refuse_unused,
+    tell_where_kl_is_qempo,
+    tried,
+    with_beta,
+)
+
+logger = logging.getLogger(__name__)
+
+# "grpo" is TRL's own loss, whichever loss_type names.
+GROUP_LOSSES: dict[str, Method | None] = {"grpo": None, **by_name(GROUPS)}
 
 # Settings of TRL's own losses, and of what it does with them.
 _UNUSED = (
@@ -30,8 +43,10 @@ _IMAGES = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
     *("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
 )
-# Which attributes of a QualityConstraint are hyperparameters of which loss.
-_FROM_CONSTRAINT = {"qempo": ("lam",), "qempo_kl": ("lam", "mu"), "spl": ("alpha", "beta")}
+# What a QualityConstraint sets: the hyperparameters of the two families whose numbers are attributes of it.
+_FROM_CONSTRAINT = {
+    name: method.numbers for name, method in by_name(GROUPS).items() if method.family in (AlphaBeta, AlphaBeta.of_qempo)
+}
 
 Embedder = Callable[[list[str]], torch.Tensor]
 
@@ -54,10 +69,10 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
             "grpo" each rollout has to serve one optimiser step: num_iterations = 1 and gradient_accumulation_steps a
             multiple of steps_per_generation, as by default. A ``QualityConstraintCallback`` among the callbacks sets
             lam and mu ("qempo_kl"), lam ("qempo") or alpha and beta ("spl").
-        loss: name of the loss.
+        loss: name of the loss; "grpo" where it is not given.
         loss_kwargs: its hyperparameters.
-        embedder: completions as text, list of S, to embeddings (S, d); "dqo" needs it, and with any loss it has the
-            diversity logged.
+        embedder: completions as text, list of S, to embeddings (S, d); "dqo" trains with it, and with any other loss,
+            "grpo" too, that is given by name it has the diversity logged.
         fused: score with ``linear_logps`` (see ``use_fused_logps``); False leaves TRL's kernel.
 
     Logged besides TRL's own metrics: diversity_gain and logdet (with an embedder), lam and mu (with a constraint),
@@ -79,13 +94,17 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         *,
-        loss: str = "grpo",
+        loss: str | None = None,
         loss_kwargs: Mapping[str, Any] | None = None,
         embedder: Embedder | None = None,
         fused: bool = True,
         **kwargs: Any,
     ) -> None:
         args = GRPOConfig() if args is None else copy.copy(args)
+        if loss is None and embedder is not None:
+            wanted = "loss= named too: 'dqo' trains with it, any other only logs the diversity"
+            _check.bad_value("embedder", wanted, "an embedder alone")
+        loss = "grpo" if loss is None else loss
         _check.choice("loss", loss, tuple(GROUP_LOSSES))
         self._loss_name, self._method, self._embedder, self._fused_logps = loss, GROUP_LOSSES[loss], embedder, fused
         self._kwargs = dict(loss_kwargs or {})
@@ -96,6 +115,9 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
                 _check.bad_value("loss", f"one that takes {got}; 'grpo' has its settings in args", repr(loss))
         else:
             self._prepare_loss(self._method, args, constraint)
+        if args.beta:
+            wanted = "one loaded from a name or a folder (save_pretrained it first)"
+            refuse_no_reference(model, kwargs.get("peft_config"), "model", wanted)
         with self._fused():
             super().__init__(model, reward_funcs, args, **kwargs)
 
@@ -108,30 +130,37 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
             wanted = "num_iterations = 1 and gradient_accumulation_steps a multiple of steps_per_generation, so that "
             wanted += f"each rollout serves one optimiser step, with loss={self._loss_name!r}"
             _check.bad_value("args", wanted, f"{args.num_iterations}, {steps} and {per_rollout}")
-        if self._loss_name == "dqo" and self._embedder is None:
-            _check.bad_value("embedder", "a callable from texts to embeddings (S, d) with loss='dqo'", None)
-        self._kwargs = with_beta(method.family, self._kwargs, args.beta)
+        if method.takes("embeddings") and self._embedder is None:
+            wanted = f"a callable from texts to embeddings (S, d) with loss={self._loss_name!r}"
+            _check.bad_value("embedder", wanted, None)
+        self._kwargs = with_beta(method, self._kwargs, args.beta or None)  # 0 is where nobody set it
+        refuse_unknown(self._loss_name, self._kwargs, method.settings)
         if constraint is not None:
             self._check_constraint(constraint)
         elif "beta" not in self._kwargs and args.beta:
             _check.bad_value("args.beta", f"0 with loss={self._loss_name!r}, which has no beta", args.beta)
         settings = self._settings(constraint)
         size = args.num_generations
-        stand_in = Rows(torch.zeros(size), torch.arange(size) / size, torch.eye(size), {"group_size": size})
-        tried(method.loss, torch.zeros(size), stand_in, **settings)
-        beta = alpha_beta(method.family, settings).beta
+        zeros = torch.zeros(size)
+        stand_in = {"logps": zeros, "ref_logps": zeros, "rewards": torch.arange(size) / size, "group_size": size}
+        stand_in = method.reads(stand_in | {"embeddings": torch.eye(size)})
+        tried(lambda: method.loss(**stand_in, **settings))
+        tell_where_kl_is_qempo(method, settings, constraint)
+        _tell_where_sampling_is_cut(args, method.name)
+        beta = method.alpha_beta(settings).beta
         reads = beta > 0 or (constraint is not None and constraint.max_kl is not None)
         # TRL scores a reference exactly where args.beta is not 0.
         args.beta = (beta or 1.0) if reads else 0.0
 
     def _check_constraint(self, constraint: qf.QualityConstraint) -> None:
-        names = _FROM_CONSTRAINT.get(self._loss_name)
+        loss, names = repr(self._loss_name), _FROM_CONSTRAINT.get(self._loss_name)
         if names is None:
-            _check.bad_value("loss", "'qempo', 'qempo_kl' or 'spl' with a QualityConstraint", repr(self._loss_name))
+            *others, last = map(repr, _FROM_CONSTRAINT)
+            _check.bad_value("loss", f"{', '.join(others)} or {last} with a QualityConstraint", loss)
         for name in set(names) & set(self._kwargs):
             _check.bad_value("loss_kwargs", f"no {name}, since a QualityConstraint sets it", self._kwargs[name])
-        if self._loss_name == "qempo" and (constraint.max_kl is not None or float(constraint.mu)):
-            _check.bad_value("loss", "'qempo_kl' or 'spl' with a constraint that has max_kl or mu", "'qempo'")
+        if names == ("lam",) and (constraint.max_kl is not None or float(constraint.mu)):
+            _check.bad_value("loss", "'qempo_kl' or 'spl' with a constraint that has max_kl or mu", loss)
 
     def _settings(self, constraint: qf.QualityConstraint | None) -> dict[str, Any]:
         """loss_kwargs with the constraint's multipliers as they are now."""
@@ -199,7 +228,7 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         mask = _response_mask(output)
         reference = output.get("ref_per_token_logps")
         ref_logps = None if reference is None else self.accelerator.gather((reference * mask).sum(1))
-        if alpha_beta(method.family, settings).alpha > 0:
+        if method.alpha_beta(settings).alpha > 0:
             tokens = output.get("old_per_token_logps")
             if tokens is None:
                 with torch.no_grad():
@@ -210,8 +239,8 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
                 self._record("kl", (logps - ref_logps).mean())
         else:
             logps = torch.zeros_like(rewards)  # the coefficients do not depend on it
-        groups = Rows(ref_logps, rewards, embeddings, {"group_size": size})
-        loss, coefficients = qf.coefficients(partial(method.loss, **settings), logps, groups)
+        groups = {"ref_logps": ref_logps, "rewards": rewards, "embeddings": embeddings, "group_size": size}
+        loss, coefficients = qf.coefficients(method.loss, logps, **method.reads(groups), **settings)
         first = self.accelerator.process_index * len(mask)
         output["coefficients"] = coefficients[first : first + len(mask)]
         # The loss itself is not always linear in the log-probs (GVPO): what is left of it is a constant.
@@ -249,6 +278,15 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         sums = self.accelerator.reduce(torch.stack([(entropy.detach() * mask).sum(), mask.sum()]), reduction="sum")
         self._record("entropy", sums[0] / sums[1].clamp(min=1))
         return loss
+
+
+def _tell_where_sampling_is_cut(args: Any, loss: str) -> None:
+    names = ("top_p", "top_k", "min_p")
+    given = {name: getattr(args, name) for name in names} | (args.generation_kwargs or {})  # as TRL merges them
+    cut = [f"{n}={given[n]}" for n in names if given[n] and (given[n] < 1 if n == "top_p" else given[n] > 0)]
+    if cut:
+        text = "loss=%r takes samples of the policy that it scores, and %s cuts the tails off: the two policies differ"
+        logger.warning(text, loss, ", ".join(cut))
 
 
 def _callbacks(callbacks: Sequence[Any] | None) -> Any:

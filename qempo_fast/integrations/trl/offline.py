@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,15 @@ from trl import DPOConfig
 import qempo_fast as qf
 
 from ... import _check
-from .methods import OFFLINE_LOSSES, refuse_unused, tried, with_beta
+from ..methods import METHODS
 from .preference import _UNUSED, ScoreTrainer
+from .settings import refuse_unknown, refuse_unused, tell_where_kl_is_qempo, tried, with_beta
+
+logger = logging.getLogger(__name__)
+
+# Stored responses are not samples of the policy: only the family's squared form, qf.variance_loss, is right for them.
+OFFLINE_LOSSES = {method.name: method for method in METHODS if method.stored}
+_COLUMNS = {"prompt", "responses", "rewards"}
 
 
 class OfflineGroupTrainer(ScoreTrainer):
@@ -52,12 +60,13 @@ class OfflineGroupTrainer(ScoreTrainer):
         args = DPOConfig() if args is None else copy.copy(args)
         _check.choice("loss", loss, tuple(OFFLINE_LOSSES))
         refuse_unused(args, (*_UNUSED, "precompute_ref_log_probs"), loss)
-        family = OFFLINE_LOSSES[loss]
-        kw = with_beta(family, loss_kwargs, args.beta)
+        method = OFFLINE_LOSSES[loss]
+        kw = with_beta(method, loss_kwargs, args.beta)
+        refuse_unknown(loss, kw, method.numbers)
         for name in {"alpha", "lam"} & set(kw):
             _check.positive(name, kw[name])
-        tried(family, **kw)
-        self._alpha_beta = family(**kw)
+        self._alpha_beta = tried(lambda: method.alpha_beta(kw))
+        tell_where_kl_is_qempo(method, kw)
         stand_in = torch.zeros(2)
         qf.variance_loss(stand_in, stand_in, stand_in, group_size=2, **self._alpha_beta._asdict())
         super().__init__(model, ref_model, args, reference=self._alpha_beta.beta > 0, fused=fused, **kwargs)
@@ -68,9 +77,12 @@ class OfflineGroupTrainer(ScoreTrainer):
         columns = set(next(iter(dataset)))
         if {"prompt_ids", "response_ids", "rewards"} <= columns:
             return dataset
-        if not {"prompt", "responses", "rewards"} <= columns:
+        if not columns >= _COLUMNS:
             wanted = "the columns prompt, responses and rewards"
             _check.bad_value(f"{dataset_name}_dataset", wanted, ", ".join(sorted(columns)))
+        if columns > _COLUMNS:
+            text = "%s_dataset: read are prompt, responses and rewards, not %s; no log-probs of the sampler are needed"
+            logger.warning(text, dataset_name, ", ".join(sorted(columns - _COLUMNS)))
         eos = self._tokenizer.eos_token
 
         def tokenize(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,20 @@ from torch.nn.functional import pad
 from trl import DPOConfig, DPOTrainer
 
 from ... import _check
+from ..methods import PAIRS, by_name
+from .constraint import QualityConstraintCallback
 from .kernel import use_fused_logps
-from .methods import PAIR_LOSSES, alpha_beta, refuse_unused, tried, with_beta
+from .settings import (
+    refuse_no_reference,
+    refuse_unknown,
+    refuse_unused,
+    tell_where_kl_is_qempo,
+    tried,
+    with_beta,
+)
 
+PAIR_LOSSES = by_name(PAIRS)
+_ROLES: dict[str, Any] = {"chosen": 0, "rejected": 1, "positive": 0, "strong": slice(1, 2), "weak": slice(2, None)}
 _UNUSED = (
     *("loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef"),
     *("label_smoothing", "use_weighting", "discopop_tau"),
@@ -42,13 +53,19 @@ class ScoreTrainer(DPOTrainer):  # type: ignore[misc]
     model: Any
 
     def __init__(
-        self, model: Any, ref_model: Any, args: DPOConfig | None, *, reference: bool, fused: bool, **kwargs: Any
+        self, model: Any, ref_model: Any, args: DPOConfig, *, reference: bool, fused: bool, **kwargs: Any
     ) -> None:
-        args = DPOConfig() if args is None else copy.copy(args)
+        if any(isinstance(c, QualityConstraintCallback) for c in kwargs.get("callbacks") or ()):
+            _check.bad_value(
+                "callbacks", "no QualityConstraintCallback: stored answers do not follow the policy", "one"
+            )
         self._reference, self._fused_logps = reference, fused
         if not reference:
             # The one way to have DPOTrainer load no reference; _precompute_ref_logps below then computes nothing.
             args.precompute_ref_log_probs, ref_model = True, None
+        elif ref_model is None and not args.precompute_ref_log_probs:
+            wanted = "one, or a model loaded from a name or a folder"
+            refuse_no_reference(model, kwargs.get("peft_config"), "ref_model", wanted)
         with self._fused():  # a TRL without the seam raises here, before a model is loaded
             super().__init__(model, ref_model, args, **kwargs)
 
@@ -144,12 +161,16 @@ class PreferenceTrainer(ScoreTrainer):
         _check.choice("loss", loss, tuple(PAIR_LOSSES))
         refuse_unused(args, _UNUSED, loss)
         self._method = PAIR_LOSSES[loss]
-        self._kwargs = with_beta(self._method.family, loss_kwargs, args.beta)
-        n_weak = self._kwargs.get("n_weak", 0)
-        _check.integer("n_weak", n_weak, low=0)
+        self._kwargs = with_beta(self._method, loss_kwargs, args.beta)
+        self._n_weak = n_weak = self._kwargs.pop("n_weak", None) if self._method.takes("weak") else 0
+        _check.integer("loss_kwargs: n_weak", n_weak, low=0)
+        refuse_unknown(
+            loss, self._kwargs, (*self._method.settings, *(("n_weak",) if self._method.takes("weak") else ()))
+        )
         stand_in = torch.zeros(2 + n_weak, 1)
-        tried(self._method.loss, stand_in, stand_in, **self._kwargs)
-        self._alpha_beta = alpha_beta(self._method.family, self._kwargs)
+        tried(lambda: self._value(stand_in, stand_in))
+        tell_where_kl_is_qempo(self._method, self._kwargs)
+        self._alpha_beta = self._method.alpha_beta(self._kwargs)
         if n_weak:
             _check_weak(args, n_weak)
             args.dataloader_drop_last = True  # a last batch that is too small has no n_weak other prompts
@@ -159,17 +180,19 @@ class PreferenceTrainer(ScoreTrainer):
                 _check.bad_value("data_collator", "TRL's DataCollatorForPreference with n_weak", self.data_collator)
             self.data_collator = WithWeakNegatives(self.data_collator, n_weak)
 
+    def _value(self, rows: torch.Tensor, refs: torch.Tensor | None) -> torch.Tensor:
+        return self._method.loss(**self._method.reads(by_role(rows, refs)), **self._kwargs)
+
     def _loss(self, logps: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
-        pairs = len(inputs["input_ids"]) // (2 + self._kwargs.get("n_weak", 0))
-        rows = logps.view(-1, pairs)
-        refs: Any = (None, None)
+        rows = logps.view(2 + self._n_weak, -1)
+        refs: Any = None
         if self._reference and self.precompute_ref_logps:
             refs = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         elif self._reference:
-            refs = self._reference_logps(inputs).view(-1, pairs)
-        loss = self._method.loss(rows, refs, **self._kwargs)
+            refs = self._reference_logps(inputs).view_as(rows)
+        loss = self._value(rows, refs)
         alpha, beta = self._alpha_beta
-        rewards = [alpha * x - (0.0 if f is None else beta * f) for x, f in zip(rows[:2].detach(), refs, strict=False)]
+        rewards = alpha * rows[:2].detach() - (0.0 if refs is None else beta * refs[:2])
         margins = rewards[0] - rewards[1]
         for name, value in (("chosen", rewards[0]), ("rejected", rewards[1]), ("margins", margins)):
             self._record(f"rewards/{name}", value)
@@ -177,6 +200,12 @@ class PreferenceTrainer(ScoreTrainer):
         self._record("logps/chosen", rows[0])
         self._record("logps/rejected", rows[1])
         return loss
+
+
+def by_role(logps: torch.Tensor, refs: torch.Tensor | None) -> dict[str, Any]:
+    """(2 + n_weak, B) rows chosen, rejected, weak negatives, by the names that the pair losses have for them."""
+    given = {"": logps, "ref_": refs}
+    return {f"{of}{role}": x if x is None else x.t()[:, at] for of, x in given.items() for role, at in _ROLES.items()}
 
 
 def _check_weak(args: DPOConfig, n_weak: int) -> None:

@@ -1,0 +1,65 @@
+// The log-probs' part of the Python module.
+#include "qempo/logps.h"
+
+#include <pybind11/stl.h>
+
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+
+namespace qempo::cpu {
+namespace {
+
+template <class A>
+Head<A> head_of(Address bias, Address inv_temperature, double scale, double softcap) {
+  return {at<const A>(bias), at<const A>(inv_temperature), static_cast<A>(scale), static_cast<A>(softcap)};
+}
+
+void logps_fwd(int dtype, Address z, int64_t ld, int64_t n, int64_t c, int64_t v0, Address bias,
+               Address inv_temperature, double scale, double softcap, Address targets, std::vector<Address> stats,
+               Address columns, int64_t vocabulary, int threads) {
+  const Tile tile{at<void>(z), ld, n, c, v0};
+  auto run = [&](auto as, auto kernel) {
+    using A = decltype(as);
+    const RowStats<A> rows{at<A>(stats.at(0)), at<A>(stats.at(1)), at<A>(stats.at(2)),
+                           at<A>(stats.at(3)), at<A>(stats.at(4)), at<const A>(stats.at(5))};
+    kernel(tile, head_of<A>(bias, inv_temperature, scale, softcap), at<const int64_t>(targets), rows, at<A>(columns),
+           vocabulary, threads);
+  };
+  logps_kernels().forward.with(dtype, run);
+}
+
+void logps_bwd(int dtype, Address z, int64_t ld, int64_t n, int64_t c, Address bias, Address inv_temperature,
+               double scale, double softcap, Address lse, Address grad, Address grad_h, Address entropy,
+               Address inverse, Address target, Address row_sum, int threads) {
+  const Tile tile{at<void>(z), ld, n, c, 0};
+  auto run = [&](auto as, auto kernel) {
+    using A = decltype(as);
+    const RowGrads<A> rows{at<const A>(lse),     at<const A>(grad),         at<const A>(grad_h), at<const A>(entropy),
+                           at<const A>(inverse), at<const int64_t>(target), at<A>(row_sum)};
+    kernel(tile, head_of<A>(bias, inv_temperature, scale, softcap), rows, threads);
+  };
+  logps_kernels().backward.with(dtype, run);
+}
+
+std::pair<int64_t, double> logps_select(bool f64, Address statistic, int64_t copies, int64_t vocabulary, double tau,
+                                        double entropy, Address forced, uint64_t seed, int64_t chunk,
+                                        int64_t first_column, Address kept, Address inverse, int threads) {
+  auto run = [&](auto as) {
+    using A = decltype(as);
+    return select_columns(at<const A>(statistic), copies, vocabulary, tau, entropy, at<const uint8_t>(forced), seed,
+                          chunk, first_column, at<int64_t>(kept), at<A>(inverse), threads);
+  };
+  return f64 ? run(0.0) : run(0.f);
+}
+
+}  // namespace
+
+void bind_logps(py::module_& m) {
+  m.def("logps_fwd", &logps_fwd, release());
+  m.def("logps_bwd", &logps_bwd, release());
+  m.def("logps_select", &logps_select, release());
+}
+
+}  // namespace qempo::cpu

@@ -1,0 +1,133 @@
+"""The forward of linear -> log-softmax -> gather over (rows, vocabulary) tiles, one logits buffer at a time.
+
+It costs one GEMM, 2NDV. _backward.py has the gradients; docs/linear_logps.md the derivations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import stats as latest
+from ._gemm import linear
+from ._head import Draw, HeadTensors, Kept, Logits, Tile, part_of, tile_view
+from ._options import Options, TileSizes, accumulator
+from ._row_stats import RowStats
+from ._tile_pass import TilePass
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows a to b of a block, which a pass takes at once: a chunk, which shares one choice of columns, or several."""
+
+    a: int
+    b: int
+    head: HeadTensors
+    stats: RowStats
+    floor: torch.Tensor | None = None
+    forced: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+
+def _spans(tiles: TilePass, block: HeadTensors, stats: RowStats, options: Options, size: TileSizes) -> list[_Span]:
+    n, vocabulary = len(block.targets), block.weight.shape[0]
+    if options.tau is None:
+        step = n if tiles.together else size.chunk
+        ends = [(a, min(a + step, n)) for a in range(0, n, step)]
+        return [_Span(a, b, block.rows(slice(a, b)), stats.rows(a, b)) for a, b in ends]
+    floor, forced = tiles.targets(block, options, size.chunk)
+    chunks = len(forced) if tiles.together else 1
+    out = []
+    for i in range(0, len(forced), chunks):
+        a, b = i * size.chunk, min((i + chunks) * size.chunk, n)
+        part = stats.rows(a, b)
+        columns = tiles.new_columns(vocabulary, part)
+        out.append(_Span(a, b, block.rows(slice(a, b)), part, floor[a:b], forced[i : i + chunks], columns))
+    return out
+
+
+def forward(
+    tiles: TilePass, head: HeadTensors, options: Options, first_column: int, logits: Logits | None = None
+) -> tuple[RowStats, list[Kept]]:
+    """Row statistics over this weight's columns and, where options.tau is set, the kept columns of each row chunk.
+
+    Tiles of raw logits go into logits where it is given.
+    """
+    n, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+    stats = RowStats.new(n, accumulator(head.hidden.dtype), head.hidden.device, options.entropy, options.sum_sq)
+    size = tiles.sizes(options.tau is not None, head.hidden)
+    width = min(size.columns, vocabulary)
+    buffer = head.hidden.new_empty(min(size.rows, n) * (width + -width % tiles.align)) if logits is None else None
+    draws = []
+    for a in range(0, n, size.rows):
+        block = head.rows(slice(a, min(a + size.rows, n)))
+        spans = _spans(tiles, block, stats.rows(a, a + size.rows), options, size)
+        one = spans[0]
+        # A pass may have one launch for all of the vocabulary; then there are no tiles, and no logits to keep.
+        alone = logits is None and len(spans) == 1 and (one.forced is None or len(one.forced) == 1)
+        if not (alone and tiles.fused(one.head, one.stats, one.floor, one.columns, options)):
+            _tiles(tiles, block, spans, options, size, buffer, a, logits)
+        draws += [_draw(tiles, s, options, a + s.a, first_column, size) for s in spans if s.columns is not None]
+    kept = [_kept(*draw, size.break_even * vocabulary) for draw in tiles.count(draws)]
+    latest.record(tiles.name, n, vocabulary, options.tau, options.seed, size.chunk, kept, bool(logits))
+    return stats, kept
+
+
+def _tiles(
+    tiles: TilePass,
+    block: HeadTensors,
+    spans: list[_Span],
+    options: Options,
+    size: TileSizes,
+    buffer: torch.Tensor | None,
+    first: int,
+    logits: Logits | None,
+) -> None:
+    """One block of rows, from row first, over all of the vocabulary."""
+    n, vocabulary = len(block.targets), block.weight.shape[0]
+    for v in range(0, vocabulary, size.columns):
+        w = block.weight[v : v + size.columns]
+        z = linear(block.hidden, w, new_tile(block.hidden, n, len(w), tiles.align, buffer))
+        bias = part_of(block.bias, v, v + len(w))
+        for s in spans:
+            tile = Tile(z[s.a : s.b], bias, s.head.inv_temperature, s.head.targets)
+            tiles.forward(tile, s.stats, s.floor, s.columns, v, options)
+        if logits is not None:
+            logits[first, v] = z
+
+
+def new_tile(
+    hidden: torch.Tensor, rows: int, columns: int, align: int, buffer: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Where a GEMM writes a tile: in buffer, in memory of its own, or None for what the GEMM itself takes."""
+    if buffer is None:
+        if columns % align == 0:
+            return None
+        buffer = hidden.new_empty(rows * (columns + -columns % align))
+    return tile_view(buffer, rows, columns, align)
+
+
+def _draw(tiles: TilePass, span: _Span, options: Options, first: int, first_column: int, size: TileSizes) -> Any:
+    """What tiles.select makes of the span's bounds. Nothing is read back: on a GPU each value read is a stall."""
+    entropy = span.stats.entropy()
+    mean_entropy = None if entropy is None else _means(entropy.nan_to_num(0.0), size.chunk).clamp(min=0.0)
+    rows = range(first, first + len(span.head.targets), size.chunk)
+    assert span.columns is not None
+    assert span.forced is not None
+    assert options.tau is not None
+    return tiles.select(Draw(span.columns, span.forced, options.tau, mean_entropy, options.seed, rows, first_column))
+
+
+def _means(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """(chunks,) mean of each chunk of rows; the last one may be short."""
+    whole = len(x) // rows * rows
+    parts = [x[:whole].view(-1, rows).mean(1)] if whole else []
+    return torch.cat([*parts, x[whole:].mean().reshape(1)]) if whole < len(x) else parts[0]
+
+
+def _kept(index: torch.Tensor, inverse: torch.Tensor, expected: float, most: float) -> Kept:
+    # Not the number drawn: to drop a draw because it is large leaves the others short, which is a bias (28 standard
+    # errors over 2000 draws at V = 37, where the number varies much).
+    return Kept(None, None) if expected > most else Kept(index, inverse)

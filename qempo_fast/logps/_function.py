@@ -1,0 +1,126 @@
+"""The autograd layer of the log-prob ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from ._backward import backward as driver_backward
+from ._forward import forward as driver_forward
+from ._head import HeadTensors, Kept, Logits, RowGrads
+from ._options import Options, accumulator
+from ._tile_pass import TilePass
+
+_Optional = torch.Tensor | None
+
+
+def live_rows(counted: torch.Tensor) -> _Optional:
+    """Indices of the counted rows, or None where that is all of them."""
+    # nonzero alone, whose length says whether that is all: all() first would be a second stall on a GPU.
+    live = counted.nonzero().squeeze(1)
+    return None if len(live) == len(counted) else live
+
+
+def pick(x: torch.Tensor, live: _Optional) -> torch.Tensor:
+    """The counted rows of x."""
+    return x if live is None else x[live]
+
+
+def scatter(values: torch.Tensor, live: _Optional, n: int) -> torch.Tensor:
+    """Results of the counted rows to all n rows, 0 elsewhere."""
+    return values if live is None else values.new_zeros(n).index_copy_(0, live, values)
+
+
+def head_of(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: _Optional,
+    targets: torch.Tensor,
+    inv_temperature: _Optional,
+    live: _Optional,
+) -> HeadTensors:
+    """The counted rows as the driver takes them."""
+    acc = accumulator(hidden.dtype)
+    wide = None if bias is None else bias.to(acc).contiguous()
+    head = HeadTensors(hidden.contiguous(), weight, wide, targets, inv_temperature)
+    return head if live is None else head.rows(live)
+
+
+def backward(
+    tiles: TilePass,
+    head: HeadTensors,
+    lse: torch.Tensor,
+    entropy: _Optional,
+    live: _Optional,
+    kept: list[Kept],
+    options: Options,
+    grads: tuple[_Optional, _Optional],
+    needs: tuple[bool, bool, bool],
+    n: int,
+    logits: Logits | None = None,
+) -> tuple[_Optional, _Optional, _Optional]:
+    """Gradients of hidden (n rows), weight and bias from those of all rows' logps and entropy; lse of counted rows."""
+
+    def rows(g: _Optional) -> _Optional:
+        return None if g is None else pick(g, live).to(lse.dtype).contiguous()
+
+    g, gh = map(rows, grads)
+    row_grads = RowGrads(lse, torch.zeros_like(lse) if g is None else g, gh, None if gh is None else entropy)
+    dh, dw, db = driver_backward(tiles, head, row_grads, kept, options, needs, logits)
+    if dh is not None and options.group is not None:
+        # Each shard holds its columns' part of the sum.
+        dist.all_reduce(dh, group=options.group)
+    if dh is not None and live is not None:
+        dh = dh.new_zeros(n, dh.shape[1]).index_copy_(0, live, dh)
+    return dh, dw, db
+
+
+class LinearLogps(torch.autograd.Function):
+    """(logps, entropy or None, sum_sq or None) of (N, D) rows; targets already checked, ignored rows marked by live."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: _Optional,
+        targets: torch.Tensor,
+        inv_temperature: _Optional,
+        live: _Optional,
+        first_column: int,
+        tiles: TilePass,
+        options: Options,
+    ) -> tuple[torch.Tensor, _Optional, _Optional]:
+        n = hidden.shape[0]
+        ctx.targets, ctx.inv_temperature, ctx.live = targets - first_column, inv_temperature, live
+        head = head_of(hidden, weight, bias, ctx.targets, inv_temperature, live)
+        logits: Logits | None = {} if options.keep_logits else None
+        stats, kept = driver_forward(tiles, head, options, first_column, logits)
+        if options.group is not None:
+            stats = stats.merged(options.group)
+        lse, entropy = stats.lse(), stats.entropy()
+        ctx.save_for_backward(hidden, weight, bias, lse, entropy)
+        ctx.kept, ctx.tiles, ctx.options, ctx.logits = kept, tiles, options, logits
+        ctx.set_materialize_grads(False)
+        outputs = [stats.target - lse, entropy, stats.log_sum_sq()]
+        full = [None if x is None else scatter(x, live, n) for x in outputs]
+        if full[2] is not None:
+            ctx.mark_non_differentiable(full[2])
+        return tuple(full)  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, _: _Optional) -> tuple[Any, ...]:
+        hidden, weight, bias, lse, entropy = ctx.saved_tensors
+        head = head_of(hidden, weight, bias, ctx.targets, ctx.inv_temperature, ctx.live)
+        grads, needs = (grad, grad_entropy), tuple(ctx.needs_input_grad[:3])
+        three = backward(
+            *(ctx.tiles, head, lse, entropy, ctx.live, ctx.kept, ctx.options, grads),
+            needs,  # type: ignore[arg-type]
+            hidden.shape[0],
+            ctx.logits,
+        )
+        return (*three, None, None, None, None, None, None)

@@ -1,0 +1,111 @@
+"""What the driver works on: the head's tensors, a tile of logits, gradients of rows, the columns that a chunk keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..reference.logps import finish_head
+from ._options import Options, accumulator
+
+
+@dataclass(frozen=True)
+class HeadTensors:
+    """hidden (N, D), weight (V, D), bias (V), targets (N) in the shard's own numbering, 1 / temperature (N)."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
+    inv_temperature: torch.Tensor | None
+
+    def rows(self, index: slice | torch.Tensor) -> HeadTensors:
+        t = None if self.inv_temperature is None else self.inv_temperature[index]
+        return HeadTensors(self.hidden[index], self.weight, self.bias, self.targets[index], t)
+
+
+class Tile(NamedTuple):
+    """Raw logits z (n, c) of some rows and columns; bias (c), 1 / temperature (n), targets (n) as numbered there."""
+
+    z: torch.Tensor
+    bias: torch.Tensor | None
+    inv_temperature: torch.Tensor | None
+    targets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowGrads:
+    """(N,) lse, dloss/dlogp, and with the entropy gradient dloss/dH and H."""
+
+    lse: torch.Tensor
+    grad: torch.Tensor
+    grad_entropy: torch.Tensor | None
+    entropy: torch.Tensor | None
+
+    def rows(self, index: slice | torch.Tensor) -> RowGrads:
+        pick = lambda x: None if x is None else x[index]  # noqa: E731
+        return RowGrads(self.lse[index], self.grad[index], pick(self.grad_entropy), pick(self.entropy))
+
+    def live(self) -> torch.Tensor:
+        """Rows with a coefficient: the others add nothing to any gradient."""
+        live = self.grad != 0
+        return live if self.grad_entropy is None else live | (self.grad_entropy != 0)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Columns kept for one row chunk, ascending, with 1 / keep probability; None: all of them."""
+
+    columns: torch.Tensor | None
+    inverse: torch.Tensor | None
+
+
+class Draw(NamedTuple):
+    """What select chooses columns from: (..., V) bounds and targets' marks of chunks of rows, which begin at rows."""
+
+    columns: torch.Tensor
+    forced: torch.Tensor
+    tau: float
+    mean_entropy: torch.Tensor | None
+    seed: int
+    rows: range
+    first_column: int
+
+
+# Raw logits of exact steps that fit the memory budget, by (first row, first column) of the tile.
+Logits = dict[tuple[int, int], torch.Tensor]
+
+
+def part_of(x: torch.Tensor | None, a: int, b: int) -> torch.Tensor | None:
+    return None if x is None else x[a:b]
+
+
+def target_scores(head: HeadTensors, options: Options) -> torch.Tensor:
+    """(N,) logit of each row's target, -inf where it is in another shard."""
+    here = (head.targets >= 0) & (head.targets < head.weight.shape[0])
+    at = head.targets.where(here, 0)
+    acc = accumulator(head.hidden.dtype)
+    raw = (head.hidden.to(acc) * head.weight[at].to(acc)).sum(-1)
+    raw = raw if head.bias is None else raw + head.bias[at]
+    temperature = 1.0 if head.inv_temperature is None else 1 / head.inv_temperature
+    z = finish_head(raw, logit_scale=options.logit_scale, softcap=options.softcap, temperature=temperature)
+    return z.where(here, -torch.inf)
+
+
+def forced_columns(targets: torch.Tensor, vocabulary: int, chunk: int) -> torch.Tensor:
+    """(chunks, vocabulary) uint8, 1 at the targets of each chunk of rows."""
+    chunks = -(-len(targets) // chunk)
+    # One more column for the targets of other shards: to pick this one's by a mask is to read their number.
+    forced = torch.zeros(chunks, vocabulary + 1, dtype=torch.uint8, device=targets.device)
+    at = targets.where((targets >= 0) & (targets < vocabulary), vocabulary)
+    for i, row in enumerate(forced):
+        row.index_fill_(0, at[i * chunk : (i + 1) * chunk], 1)
+    return forced[:, :vocabulary]
+
+
+def tile_view(buffer: torch.Tensor, rows: int, columns: int, align: int) -> torch.Tensor:
+    """(rows, columns) of a flat buffer, the rows a multiple of align apart."""
+    stride = columns + -columns % align
+    return buffer[: rows * stride].view(rows, stride)[:, :columns]

@@ -1,0 +1,50 @@
+"""Checks and casts that the log-prob functions share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _check
+
+_Optional = torch.Tensor | None
+
+
+def outside(targets: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    return counted & (targets.clamp(0, vocabulary - 1) != targets)
+
+
+def check_values(targets: torch.Tensor, vocabulary: int, inv_temperature: _Optional, ignore_index: int) -> None:
+    """Raise on targets outside [0, vocabulary) that are counted, and on a temperature that is not positive."""
+    if not _check.readable(targets):
+        return
+    # 1 / temperature is positive and finite where the temperature is.
+    if inv_temperature is not None and not bool(((inv_temperature > 0) & inv_temperature.isfinite()).all()):
+        _check.bad_value("temperature", "positive finite values", "others among them")
+    bad = outside(targets, targets != ignore_index, vocabulary)
+    if bool(bad.any()):
+        first = int(targets[bad][0])
+        _check.bad_value("targets", f"tokens in [0, {vocabulary}) or ignore_index = {ignore_index}", first)
+
+
+def shaped(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    return None if x is None else x.reshape(like.shape)
+
+
+def marked(logps: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """NaN at targets outside [0, V) where they could not be checked before: never a plausible number."""
+    if _check.readable(targets):
+        return logps
+    return logps.masked_fill(outside(targets, counted, vocabulary), torch.nan)
+
+
+def inverse_temperature(temperature: Any, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """(N,) 1 / temperature, or None for 1."""
+    if isinstance(temperature, torch.Tensor):
+        _check.tensor("temperature", temperature, shape=targets.shape, device=targets.device)
+        return temperature.detach().reshape(-1).to(dtype).reciprocal()
+    _check.positive("temperature", temperature)
+    if temperature == 1.0:
+        return None
+    return torch.full((targets.numel(),), 1.0 / temperature, dtype=dtype, device=targets.device)
