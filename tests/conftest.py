@@ -10,6 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+# Inductor imports it at its first compilation, in several threads: once, one of them took the standard library's
+# distutils in the middle of it and failed, "AssertionError: .../distutils/core.py".
+import setuptools  # noqa: F401
 import standin_plugin
 import torch
 

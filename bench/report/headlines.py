@@ -162,7 +162,7 @@ def readme(rows: Rows) -> str:
     lost = losers(rows)
     return (
         f"{cpus}, {threads(case)}, torch {torches}, {' to '.join(dict.fromkeys((days[0], days[-1])))}. "
-        f"**Ratios depend on the processor**; row 1 on yours, 4 minutes: "
+        f"**Ratios depend on the processor**; row 1 on yours, 2 to 4 minutes: "
         f"`{REPEAT}`\n\n"
         f"{table(head, lines)}\n\n"
         f"Log-probs: SmolLM2's head, N = {case['n']:,}; bfloat16's default, `auto`: {ms(default.mine)} ms, "
