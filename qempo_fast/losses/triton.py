@@ -37,5 +37,5 @@ def rspo_loss(
     groups = {"group_size": group_size, "offsets": offsets}
     if not _for_reference(logps.shape[0], k, group_size, offsets):
         return loss_risk.rspo_loss_fwd(logps, rewards, k=k, baseline=baseline, **groups)
-    coef = rspo_weights(rewards, k=k, group_size=group_size, offsets=offsets) * (-k / logps.shape[0])
+    coef = rspo_weights(rewards, k=k, **groups) * (-k / logps.shape[0])
     return (coef * logps).sum(), (coef,)
