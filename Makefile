@@ -25,7 +25,7 @@ GPU_TESTS = segment_sum or triton or tiles or waits or add_rows or smoke or $(if
 STANDIN ?= launch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-integrations lint docs format bench compile standin gpu-kit clean
+.PHONY: help setup demo test test-integrations fuzz sanitize architectures lint docs format bench compile standin gpu-kit clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,16 @@ $(INTEGRATIONS)/.qempo-setup: tests/integrations/requirements.txt $(STAMP)
 
 test-integrations: $(INTEGRATIONS)/.qempo-setup ## tests of verl and OpenRLHF, in an environment of their own
 	$(TEST_ENV) $(INTEGRATIONS)/bin/python -P -m pytest $(ARGS) tests/integrations
+
+# ARGS="--seconds 3600 --seed 7 --only dpp"; the last line names the seed, and each fault comes with a line that repeats it.
+fuzz: setup ## ten minutes of random calls, good and bad, judged by the reference
+	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -P -m fuzz --seconds 600 $(ARGS)
+
+architectures: setup ## write docs/integrations/architectures.md: every causal model of transformers, small
+	HF_HUB_OFFLINE=1 $(BIN)/python -P tests/hf_architectures.py --write
+
+sanitize: setup ## csrc built with ASan and UBSan, and the tests of the native code run on it
+	PYTHON=$(abspath $(BIN)/python) tests/sanitize.sh $(ARGS)
 
 lint: setup ## ruff, clang-format, mypy
 	$(BIN)/ruff check .

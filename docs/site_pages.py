@@ -25,7 +25,17 @@ CONTENTS = {
         ],
         "Understand it": [
             *("glossary", "Equations <equations>", "Every optimum <science>", "Log-probs <linear_logps>"),
-            *("linear_logps_gpu", "DPP <dpp>", "dpp_gpu", "losses_gpu", "cpu", "On a GPU <gpu>", "benchmarks", REST),
+            *(
+                "linear_logps_gpu",
+                "DPP <dpp>",
+                "dpp_gpu",
+                "losses_gpu",
+                "cpu",
+                "On a GPU <gpu>",
+                "benchmarks",
+                "pitfalls",
+                REST,
+            ),
         ],
         "Build on it": ["architecture", "/CONTRIBUTING", "/SECURITY", "/CHANGELOG"],
         "API": ["api/logps", "api/losses", "api/dpp", "api/*"],

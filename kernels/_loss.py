@@ -19,6 +19,12 @@ def number(x):
 
 
 @triton.jit
+def product(weight, score):
+    """weight times score; 0 where the weight is, though the score be infinite."""
+    return tl.where((weight == 0) & (score == score), 0.0, weight * score)
+
+
+@triton.jit
 def total(value, room_ptr, out_ptr):
     """Store the sum of a float64 over all programs, in their order; the last program to arrive computes it."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty

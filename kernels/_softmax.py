@@ -34,10 +34,10 @@ def capped(raw, bias, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HALF: tl.const
     if SCALE != 1.0:
         x = x * SCALE
     if SOFTCAP is not None:
-        if HALF:
+        if HALF and SOFTCAP <= 256.0:
             # tanh y = 1 - 2 / (1 + e^2y) is off by 2e-7, by twice that with exp2 and reciprocal of a GPU, and a logit
             # by as much of the cap: less than the rounding of a bfloat16 from 2^-12 of the cap on, of a float16 from
-            # 2^-9 on. The digits near 0 that expm1 keeps took half of the instructions.
+            # 2^-9 on; of a cap of 256 it is 1e-4. The digits near 0 that expm1 keeps took half of the instructions.
             x = SOFTCAP - (2.0 * SOFTCAP) / (1.0 + exp(x * (2.0 / SOFTCAP), FAST))
         else:
             # tanh y = -expm1(-2y) / (2 + expm1(-2y)) for y >= 0; Triton has no tanh of its own on every target.
@@ -45,6 +45,30 @@ def capped(raw, bias, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HALF: tl.const
             t = SOFTCAP * (-m / (2.0 + m))
             x = tl.where(x < 0, -t, t)
     return x
+
+
+@triton.jit
+def _moved(total, total_z, shift, k):
+    """Sum of d e^d after the maximum has risen by -shift, k = e^shift."""
+    # Beside a mask fill of float32's least number the shift times a sum is -inf, and 0 * -inf is NaN.
+    return k * (total_z + total * tl.maximum(shift, -1000.0))
+
+
+@triton.jit
+def nan_max(a, b):
+    """The larger; NaN where either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def bound_of(peak, total, floor):
+    """The larger of a log-sum-exp, rounded down, and floor; NaN where total is."""
+    # Rounded up, beside a peak of -1e9 it is up to 64 above what it bounds, and no column would ever be kept.
+    log_sum = tl.log(total)
+    lse = peak + log_sum
+    ulp: tl.constexpr = 2.3e-16 if lse.dtype == tl.float64 else 1.2e-7
+    lse = tl.where(lse - peak > log_sum, tl.maximum(peak, lse - ulp * tl.abs(lse)), lse)
+    return tl.where(floor > lse, floor, lse)
 
 
 @triton.jit
@@ -58,7 +82,7 @@ def merge(peak_a, sum_a, sum_z_a, sum_sq_a, peak_b, sum_b, sum_z_b, sum_sq_b, FA
     k_a = exp(shift_a, FAST)
     k_b = exp(shift_b, FAST)
     total = k_a * sum_a + k_b * sum_b
-    total_z = k_a * (sum_z_a + sum_a * shift_a) + k_b * (sum_z_b + sum_b * shift_b)
+    total_z = _moved(sum_a, sum_z_a, shift_a, k_a) + _moved(sum_b, sum_z_b, shift_b, k_b)
     total_sq = k_a * k_a * sum_sq_a + k_b * k_b * sum_sq_b
     return peak, total, total_z, total_sq
 
@@ -94,7 +118,7 @@ def lane_stats(x, peak, total, total_z, total_sq, ENTROPY: tl.constexpr, SUM_SQ:
     d = x - new[None, :, :, None]
     e = exp(d)
     if ENTROPY:
-        total_z = k * (total_z + total * shift) + tl.sum(tl.sum(tl.where(e > 0, e * d, 0.0), 3), 0)
+        total_z = _moved(total, total_z, shift, k) + tl.sum(tl.sum(tl.where(e > 0, e * d, 0.0), 3), 0)
     if SUM_SQ:
         total_sq = k * k * total_sq + tl.sum(tl.sum(e * e, 3), 0)
     total = k * total + tl.sum(tl.sum(e, 3), 0)
@@ -111,7 +135,7 @@ def joined(peak, total, total_z, total_sq, AXIS: tl.constexpr, ENTROPY: tl.const
     all_z = tl.zeros_like(best)
     all_sq = tl.zeros_like(best)
     if ENTROPY:
-        all_z = tl.sum(k * (total_z + total * shift), AXIS)
+        all_z = tl.sum(_moved(total, total_z, shift, k), AXIS)
     if SUM_SQ:
         all_sq = tl.sum(k * k * total_sq, AXIS)
     return best, tl.sum(k * total, AXIS), all_z, all_sq

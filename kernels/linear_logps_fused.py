@@ -13,10 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from qempo_fast._door import aligned
+
 from . import _launch
 from ._common import Signature, on_device
 from ._launch import architecture, cdiv, processors, sizes_of, tuned
-from ._softmax import block_stats, capped, merge
+from ._softmax import block_stats, bound_of, capped, merge, nan_max
 from .linear_logps_merge import Stats, merge_splits, new_parts, store_part
 
 try:
@@ -156,9 +158,9 @@ def _tile(
     )
     if columns_ptr is not None:
         # Log-sum-exp of this range so far, at most the row's own: a looser bound keeps more and biases nothing.
-        bound = tl.maximum(peak + tl.log(total), tl.load(floor_ptr + n, mask=live, other=0.0))
+        bound = bound_of(peak, total, tl.load(floor_ptr + n, mask=live, other=0.0))
         u = tl.where(live[:, None], z - bound[:, None], float("-inf"))
-        tl.store(columns_ptr + block * V + c, tl.max(u, 0), mask=inside)
+        tl.store(columns_ptr + block * V + c, tl.reduce(u, 0, nan_max), mask=inside)
     return peak, total, total_z, total_sq, target_z
 
 
@@ -231,7 +233,7 @@ def _suit_copy_engine(x: torch.Tensor, w: torch.Tensor) -> bool:
     if TensorDescriptor is None or not engine:
         return False
     # It reads whole rows that start at multiples of 16 bytes.
-    return not any(t.stride(1) != 1 or t.stride(0) * t.element_size() % 16 or t.data_ptr() % 16 for t in (x, w))
+    return not any(t.stride(1) != 1 or t.stride(0) * t.element_size() % 16 or not aligned(t, 16) for t in (x, w))
 
 
 def _descriptors(x: torch.Tensor, w: torch.Tensor, block: Block) -> tuple[Any, Any] | None:

@@ -82,15 +82,18 @@ def _logps_grad_kernel(
         inv_t = tl.load(inv_t_ptr + n, mask=real, other=1.0)[:, None]
         x *= inv_t
         slope *= inv_t
-    lp = x - tl.load(lse_ptr + n, mask=real, other=0.0)[:, None]
-    p = exp(lp)
+    away = x - tl.load(lse_ptr + 2 * n, mask=real, other=0.0)[:, None]
+    log_sum = tl.load(lse_ptr + 2 * n + 1, mask=real, other=0.0)[:, None]
+    # p is e this often.
+    part = tl.exp(-log_sum)
+    e = exp(away)
     g = tl.load(grad_ptr + n, mask=real, other=0.0)[:, None]
-    d = -g * p
+    d = (-g * part) * e
     entropy = tl.zeros((BLOCK_N, BLOCK_V), acc)
     if grad_h_ptr is not None:
         gh = tl.load(grad_h_ptr + n, mask=real, other=0.0)[:, None]
         h = tl.load(h_ptr + n, mask=real, other=0.0)[:, None]
-        entropy = tl.where(p > 0, gh * p * (lp + h), p * 0.0)
+        entropy = tl.where(e > 0, (gh * part) * e * (away + (h - log_sum)), e * 0.0)
         d -= entropy
     if inverse_ptr is not None:
         d *= tl.load(inverse_ptr + c[None, :], mask=inner, other=0.0)
@@ -99,7 +102,7 @@ def _logps_grad_kernel(
         # g (1 - p): expm1 keeps the digits that 1 - p loses as p nears 1. Element by element, because a program that
         # read the row's target first would race with its own store; a third of the instructions, so only in the program
         # that holds the target. That column is always kept: its entry has no inverse.
-        d = tl.where(c[None, :] == target[:, None], -g * expm1(lp) - entropy, d)
+        d = tl.where(c[None, :] == target[:, None], -g * expm1(away - log_sum) - entropy, d)
     d *= slope
     if inverse_ptr is not None:
         # Not times 0: beside logits of -1000 the padding's exponential is infinite.
@@ -133,7 +136,8 @@ def tile_bwd(
     Args:
         z: (n, c) raw logits, last stride 1.
         bias, inv_t, scale, softcap: as linear_logps_tiles has them.
-        lse, grad: (n,) log-sum-exp and gradient of the log-prob.
+        lse: (n, 2) contiguous, the log-sum-exp in two parts, max z and log sum e^(z - max).
+        grad: (n,) gradient of the log-prob.
         grad_h, h: (n,) gradient of the entropy and the entropy, or both None.
         inverse: (k,) factor of each of the first k columns, as bias has; the others are padding and get 0. None: 1 for
             all c.

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._common import Signature, on_device
 from ._launch import cdiv
+from ._softmax import nan_max
 
 _BLOCK = 1024
 
@@ -59,13 +60,13 @@ def _logps_keep_kernel(
     best = tl.full((BLOCK,), float("-inf"), columns_ptr.dtype.element_ty)
     at = columns_ptr + chunk * stride_chunk + j
     for _ in range(parts):
-        best = tl.maximum(best, tl.load(at, mask=live, other=float("-inf")))
+        best = nan_max(best, tl.load(at, mask=live, other=float("-inf")))
         at += stride_part
     u = tl.exp(best)
     if mean_entropy_ptr is not None:
         # x (1 - log x) rises on (0, 1], so the bound of p also bounds p (1 + |log p + H|).
-        u = tl.minimum(u, 1.0)
-        u = tl.where(u > 0, u * (1.0 - tl.log(u) + tl.load(mean_entropy_ptr + chunk)), 0.0)
+        u = tl.where(u > 1.0, 1.0, u)
+        u = tl.where(u > 0, u * (1.0 - tl.log(u) + tl.load(mean_entropy_ptr + chunk)), u)
     forced = tl.load(forced_ptr + chunk * stride_forced + j, mask=live, other=0) != 0
     sure = forced | (u >= tau) | (u != u)
     q = tl.where(sure, 1.0, u / tau)
@@ -78,6 +79,8 @@ def _logps_keep_kernel(
     tl.store(inverse_ptr + chunk * V + j, tl.where(keep, 1.0 / q, 0.0), mask=live)
     block = chunk * tl.num_programs(0) + tl.program_id(0)
     tl.store(kept_ptr + block, tl.sum(keep.to(tl.int32), 0))
+    # More than any share of the vocabulary: a row with NaN or infinity has a gradient of NaN in every column.
+    q = tl.where((best != best) | (best == float("inf")), float("inf"), q)
     tl.store(expected_ptr + block, tl.sum(tl.where(live, q, 0.0).to(tl.float64), 0))
 
 
@@ -146,7 +149,8 @@ def select_columns(
 
     Returns:
         (chunks, V) int64 and (chunks, V) in the dtype of columns, of which a row is written as far as there are kept
-        columns, and (chunks, 2) float64: how many those are, and the sum of all keep probabilities.
+        columns, and (chunks, 2) float64: how many those are, and the sum of all keep
+        probabilities, infinite where a bound is NaN.
     """
     chunks, parts, vocabulary = columns.shape
     device, blocks = columns.device, cdiv(vocabulary, _BLOCK)

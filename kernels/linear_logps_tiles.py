@@ -15,7 +15,7 @@ import triton.language as tl
 from . import _launch
 from ._common import Signature, on_device
 from ._launch import cdiv, processors, sizes_of, tuned
-from ._softmax import capped, joined, lane_stats
+from ._softmax import bound_of, capped, joined, lane_stats, nan_max
 from .linear_logps_merge import Stats, add_to, merge_splits, new_parts, store_part
 
 
@@ -262,8 +262,8 @@ def _logps_columns_kernel(
         x = _logits(raw, c, C, bias_ptr, SCALE, SOFTCAP, acc, LOADS, BLOCK_N, LANES, vector)
         if inv_t_ptr is not None:
             x *= tl.load(inv_t_ptr + real)[None, :, None, None]
-        bound = tl.maximum(tl.load(max_ptr + real) + tl.log(tl.load(sum_ptr + real)), tl.load(floor_ptr + real))
-        best = tl.maximum(best, x - bound[None, :, None, None])
+        bound = bound_of(tl.load(max_ptr + real), tl.load(sum_ptr + real), tl.load(floor_ptr + real))
+        best = nan_max(best, x - bound[None, :, None, None])
         if rows:
             # A row's lanes all hold its sums and its first one stores them: a store by (rows,) alone would first bring
             # them to one warp, with four barriers.
@@ -281,7 +281,7 @@ def _logps_columns_kernel(
             if SUM_SQ:
                 tl.store(to + (3 + ENTROPY) * plane, _one_a_lane(total_sq, BLOCK_N, LANES), mask=one)
         raw = following
-    bounds = tl.reshape(tl.max(best, 1), (LOADS, LANES * vector))
+    bounds = tl.reshape(tl.reduce(best, 1, nan_max), (LOADS, LANES * vector))
     c = first + tl.arange(0, LOADS)[:, None] * (LANES * vector) + tl.arange(0, LANES * vector)[None, :]
     at = columns_ptr + tl.program_id(1).to(tl.int64) * stride_columns + v0 + c
     tl.store(at, bounds, mask=c < C)

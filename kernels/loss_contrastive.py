@@ -13,37 +13,43 @@ from ._loss_launch import LAUNCH, bits, block_of, launch, scalar, tile
 
 
 @triton.jit
-def _scores(ptr, ref_ptr, b, n, first, B, own, beta, COLUMNS: tl.constexpr):
-    """u_j - u_+ of columns first and on of the negatives of rows b, (ROWS, COLUMNS), minus infinity outside; where."""
+def _scores(ptr, ref_ptr, b, n, first, B, COLUMNS: tl.constexpr):
+    """l_j - f_j of columns first and on of the negatives of rows b, (ROWS, COLUMNS), minus infinity outside; where."""
     j = first + tl.arange(0, COLUMNS)[None, :]
     at = b[:, None] * n + j
     live = (b[:, None] < B) & (j < n)
     u = tl.load(ptr + at, mask=live, other=0.0).to(tl.float64)
-    u = beta * (u - tl.load(ref_ptr + at, mask=live, other=0.0).to(tl.float64) - own[:, None])
+    u -= tl.load(ref_ptr + at, mask=live, other=0.0).to(tl.float64)
     return tl.where(live, u, float("-inf")), at, live
 
 
 @triton.jit
-def _gather(ptr, ref_ptr, b, n, B, own, beta, top, sums, COLUMNS: tl.constexpr):
-    """top and sum_j e^(u_j - top) with one more tensor of negatives in."""
+def _chances(u, top, beta, dtype: tl.constexpr):
+    """e^(beta (u - top)); 1 where they are equal, though they be infinite."""
+    return exponential((beta * tl.where(u == top, 0.0, u - top)).to(dtype))
+
+
+@triton.jit
+def _gather(ptr, ref_ptr, b, n, B, beta, top, sums, COLUMNS: tl.constexpr):
+    """top, the largest l_j - f_j, and sum_j e^(beta (l_j - f_j - top)) with one more tensor of negatives in."""
     for first in range(0, n, COLUMNS):
-        u, _, _ = _scores(ptr, ref_ptr, b, n, first, B, own, beta, COLUMNS)
+        u, _, _ = _scores(ptr, ref_ptr, b, n, first, B, COLUMNS)
         higher = tl.maximum(top, tl.max(u, 1))
         # -inf - -inf would be NaN where nothing finite has come yet.
         base = tl.where(higher > float("-inf"), higher, 0.0)
-        new = tl.sum(exponential((u - base[:, None]).to(sums.dtype)), 1)
-        sums = sums * exponential((top - base).to(sums.dtype)) + new
+        new = tl.sum(_chances(u, base[:, None], beta, sums.dtype), 1)
+        sums = sums * _chances(top, base, beta, sums.dtype) + new
         top = higher
     return top, sums
 
 
 @triton.jit
-def _spread(ptr, ref_ptr, coef_ptr, b, n, B, own, beta, top, weight, COLUMNS: tl.constexpr):
-    """Store the coefficients weight e^(u_j - top) of one tensor of negatives."""
+def _spread(ptr, ref_ptr, coef_ptr, b, n, B, beta, top, weight, COLUMNS: tl.constexpr):
+    """Store the coefficients weight e^(beta (l_j - f_j - top)) of one tensor of negatives."""
     dtype: tl.constexpr = coef_ptr.dtype.element_ty
     for first in range(0, n, COLUMNS):
-        u, at, live = _scores(ptr, ref_ptr, b, n, first, B, own, beta, COLUMNS)
-        coef = exponential((u - top[:, None]).to(dtype)).to(tl.float64) * weight[:, None]
+        u, at, live = _scores(ptr, ref_ptr, b, n, first, B, COLUMNS)
+        coef = _chances(u, top[:, None], beta, dtype).to(tl.float64) * weight[:, None]
         tl.store(coef_ptr + at, coef.to(dtype), mask=live)
 
 
@@ -75,15 +81,19 @@ def _epa_loss_kernel(
     own -= tl.load(ref_positive_ptr + b, mask=live, other=0.0).to(tl.float64)
     top = tl.full((ROWS,), float("-inf"), tl.float64)
     sums = tl.zeros((ROWS,), dtype)
-    top, sums = _gather(strong_ptr, ref_strong_ptr, b, strong, B, own, scale, top, sums, COLUMNS)
-    top, sums = _gather(weak_ptr, ref_weak_ptr, b, weak, B, own, scale, top, sums, COLUMNS)
+    top, sums = _gather(strong_ptr, ref_strong_ptr, b, strong, B, scale, top, sums, COLUMNS)
+    top, sums = _gather(weak_ptr, ref_weak_ptr, b, weak, B, scale, top, sums, COLUMNS)
 
-    # m = top + log sums. e^-|m| comes from the two factors: m rounded at 80 would be off by 80 units.
-    e = exponential(-tl.abs(top).to(dtype))
-    e = tl.where(top > 0, e / sums, e * sums)
-    positive = (top > 0) | (e > 1)
-    e = tl.where((top <= 0) & (e > 1), 1.0 / e, e)
-    m = tl.where(positive, top + tl.log(sums).to(tl.float64), 0.0)
+    # Infinite tops have been counted: one has the whole chance, several have no shares. No negative at all, no sum.
+    sums = tl.where((top == float("inf")) & (sums > 1), float("nan"), sums + tl.where(top == float("-inf"), 1.0, 0.0))
+    # Only here the positive comes in: a mask fill there costs the negatives no digit.
+    ahead = scale * (top - own)
+    # m = ahead + log sums. e^-|m| comes from the two factors: m rounded at 80 would be off by 80 units.
+    e = exponential(-tl.abs(ahead).to(dtype))
+    e = tl.where(ahead > 0, e / sums, e * sums)
+    positive = (ahead > 0) | (e > 1)
+    e = tl.where((ahead <= 0) & (e > 1), 1.0 / e, e)
+    m = tl.where(positive, ahead + tl.log(sums).to(tl.float64), 0.0)
     loss = m + log1p(e).to(tl.float64)
     chance = tl.where(positive, 1.0, e) / (1.0 + e)
     slope = chance.to(tl.float64) * scale
@@ -94,8 +104,8 @@ def _epa_loss_kernel(
         slope *= share
         weight *= share
     tl.store(coef_positive_ptr + b, (-slope).to(dtype), mask=live)
-    _spread(strong_ptr, ref_strong_ptr, coef_strong_ptr, b, strong, B, own, scale, top, weight, COLUMNS)
-    _spread(weak_ptr, ref_weak_ptr, coef_weak_ptr, b, weak, B, own, scale, top, weight, COLUMNS)
+    _spread(strong_ptr, ref_strong_ptr, coef_strong_ptr, b, strong, B, scale, top, weight, COLUMNS)
+    _spread(weak_ptr, ref_weak_ptr, coef_weak_ptr, b, weak, B, scale, top, weight, COLUMNS)
     store_rows(loss, b, live, room_ptr, out_ptr, REDUCTION)
 
 

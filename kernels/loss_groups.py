@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ._common import Signature
 from ._launch import cdiv
-from ._loss import number, spans, total, uncovered
+from ._loss import number, product, spans, total, uncovered
 from ._loss_launch import LAUNCH, bits, block_of, flat, launch, scalar, tile
 
 
@@ -82,7 +82,7 @@ def _group_loss_kernel(
             if bonus_ptr is not None:
                 a += tl.load(bonus_ptr + at, mask=live, other=0.0).to(tl.float64)
             coef = -a * share
-            loss += tl.sum(tl.where(live, coef * own, 0.0), 1)
+            loss += tl.sum(tl.where(live, product(coef, own), 0.0), 1)
         tl.store(coef_ptr + at, coef.to(coef_ptr.dtype.element_ty), mask=live)
     value = tl.sum(loss, 0)
     if pid == 0:
@@ -95,7 +95,7 @@ def _launch(
     ref_logps: torch.Tensor | None,
     rewards: torch.Tensor,
     bonus: torch.Tensor | None,
-    ab: tuple[float | None, float],
+    ab: tuple[float, float],
     group_size: int | None,
     offsets: torch.Tensor | None,
     baseline: str,
@@ -117,10 +117,11 @@ def _launch(
     launch(
         _group_loss_kernel,
         programs,
-        (logps, ref_logps, rewards, flat(bonus), flat(offsets)),
+        # What weighs nothing stays out: 0 times an infinite log-prob would be NaN.
+        (logps, ref_logps if beta else None, rewards, flat(bonus), flat(offsets)),
         (coef, out),
-        (groups, n, group_size or 0, bits(alpha or 0.0), bits(beta)),
-        (alpha is not None, baseline, variance, rows, columns),
+        (groups, n, group_size or 0, bits(alpha), bits(beta)),
+        (alpha != 0, baseline, variance, rows, columns),
         warps,
     )
     return out, (coef,)
@@ -134,8 +135,7 @@ def group_loss_fwd(
     Args:
         logps, rewards: (S,) contiguous, float32 or float64.
         ref_logps, bonus: like them, or None for 0.
-        alpha: of the family; None leaves the log-probs out of S_i.
-        beta: of the family.
+        alpha, beta: of the family.
         group_size: of equal groups; or
         offsets: (G + 1,) int32 or int64. A wrong or empty group makes the loss and its own coefficients NaN.
         baseline: "loo", "mean" or "none", which needs no groups.

@@ -81,8 +81,8 @@ def pair_loss_fwd(
     elements, warps = block_of(chosen.device)
     block = min(elements, power_of_2(n))
     programs = cdiv(n, block)
-    if ref_rejected is None:
-        ref_chosen = None
+    if ref_rejected is None or not beta:
+        ref_chosen = ref_rejected = None
     launch(
         _pair_loss_kernel,
         programs,

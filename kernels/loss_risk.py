@@ -9,7 +9,7 @@ import triton.language as tl
 from ._common import Signature
 from ._dpp import fill
 from ._launch import cdiv, power_of_2
-from ._loss import spans, total, uncovered
+from ._loss import product, spans, total, uncovered
 from ._loss_launch import LAUNCH, block_of, flat, launch, scalar
 from .loss_groups import group_loss_fwd
 
@@ -58,7 +58,8 @@ def _groups(logps_ptr, rewards_ptr, coef_ptr, low, size, wrong, share, k, COLUMN
     tl.store(coef_ptr + at, coef, mask=live)
     own = tl.load(logps_ptr + at, mask=live, other=0.0).to(tl.float64)
     # An empty group has no coefficient to show that it is wrong.
-    return tl.sum(tl.sum(tl.where(live, coef.to(tl.float64) * own, 0.0), 1) + tl.where(wrong, float("nan"), 0.0), 0)
+    terms = tl.where(live, product(coef.to(tl.float64), own), 0.0)
+    return tl.sum(tl.sum(terms, 1) + tl.where(wrong, float("nan"), 0.0), 0)
 
 
 @triton.jit(do_not_specialize=["G", "S", "n", "k"])
@@ -127,7 +128,7 @@ def rspo_loss_fwd(
     """
     if k == 1:
         return group_loss_fwd(
-            logps, None, rewards, alpha=None, beta=0.0, group_size=group_size, offsets=offsets, baseline=baseline
+            logps, None, rewards, alpha=0.0, beta=0.0, group_size=group_size, offsets=offsets, baseline=baseline
         )
     n = logps.shape[0]
     groups = offsets.shape[0] - 1 if offsets is not None else n // (group_size or 1)

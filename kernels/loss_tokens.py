@@ -10,7 +10,6 @@ from ._common import Signature
 from ._launch import cdiv, processors
 from ._loss import exponential, number, spans, total, uncovered
 from ._loss_launch import LAUNCH, bits, block_of, flat, launch, scalar, tile
-from ._softmax import expm1
 
 # Each is a function of its name below, which the kernel calls: the loss of a ratio rho = e^x, and its derivative by x.
 SURROGATES = ("clip",)
@@ -23,6 +22,21 @@ def _clip(x, rho, a, floor, ceiling):
     bounded = tl.where(rho < floor, floor, tl.where(rho > ceiling, ceiling, rho))
     # The slope is 0 where clipped, and NaN for an advantage that is not finite, which no one has checked on a GPU.
     return -a * tl.where(clipped, bounded, rho), tl.where(clipped, a - a, -a * rho)
+
+
+@triton.jit
+def _k3(d):
+    """e^d - d - 1, the estimate of a KL, and its derivative by d, e^d - 1."""
+    # Below 1/2 both cancel: d^2 / 2 (1 + d/3 (1 + d/4 (...))), the first term left out under half a unit of rounding.
+    last: tl.constexpr = 17 if d.dtype == tl.float64 else 10
+    p = tl.full(d.shape, 1.0, d.dtype)
+    for i in tl.static_range(last - 2):
+        p = 1.0 + p * d * (1.0 / (last - i))
+    near = 0.5 * d * d * p
+    small = tl.abs(d) < 0.5
+    slope = tl.where(small, d + near, exponential(d) - 1.0)
+    # At infinity, infinity less infinity; the slope is infinite long before.
+    return tl.where(small, near, slope - tl.minimum(d, 1e4)), slope
 
 
 @triton.jit(do_not_specialize=["N", "S", "parts", "kl", "eps_low", "eps_high", "limit"])
@@ -55,8 +69,12 @@ def _token_loss_kernel(
     longest = tl.max(size, 0)
     column = tl.arange(0, COLUMNS)[None, :]
     a = tl.load(advantages_ptr + s, mask=s < S, other=0.0)[:, None]
+    # Settings within the dtype's numbers: an infinite bound would leave an infinite ratio to an advantage of 0, and a
+    # weight of 0 or infinity make NaN of an infinite penalty or of none.
+    tiny: tl.constexpr = 5e-324 if dtype == tl.float64 else 1.4e-45
+    huge: tl.constexpr = 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234e38
     floor = (1.0 - number(eps_low)).to(dtype)
-    ceiling = (1.0 + number(eps_high)).to(dtype)
+    ceiling = tl.minimum(1.0 + number(eps_high), huge).to(dtype)
     # An empty sequence has no token to divide.
     length = tl.maximum(size, 1).to(tl.float64)
     share = tl.full((ROWS,), 1.0, tl.float64)
@@ -90,9 +108,9 @@ def _token_loss_kernel(
             value, slope = _clip(x, rho, a, floor, ceiling)
         if ref_ptr is not None:
             d = tl.load(ref_ptr + at, mask=live, other=0.0) - own
-            m = tl.where(tl.abs(d) < 0.5, expm1(d), exponential(d) - 1.0)
-            weight = number(kl).to(dtype)
-            value += weight * (m - d)
+            penalty, m = _k3(d)
+            weight = tl.minimum(tl.maximum(number(kl), tiny), huge).to(dtype)
+            value += weight * penalty
             slope -= weight * m
         loss += tl.sum(tl.where(live, value.to(tl.float64), 0.0), 1)
         tl.store(coef_ptr + at, (slope.to(tl.float64) * share[:, None]).to(dtype), mask=live)

@@ -21,10 +21,11 @@ def _segment_sum_fwd_kernel(values_ptr, cu_ptr, out_ptr, N, BLOCK: tl.constexpr)
     # Offsets are not checked on a GPU unless asked: a wrong segment becomes NaN and reads nothing outside.
     valid = (start >= 0) & (start <= end) & (end <= N)
     end = tl.where(valid, end, start)
-    total = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
+    # Whatever is summed: a lane of float32 loses digits with each of its N / BLOCK additions.
+    total = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, end, BLOCK):
         offs = first + tl.arange(0, BLOCK)  # int64: N may pass 2**31
-        total += tl.load(values_ptr + offs, mask=offs < end, other=0.0).to(out_ptr.dtype.element_ty)
+        total += tl.load(values_ptr + offs, mask=offs < end, other=0.0).to(tl.float64)
     tl.store(out_ptr + s, tl.where(valid, tl.sum(total, 0), float("nan")))
 
 
@@ -54,7 +55,7 @@ def segment_sum_fwd(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Ten
         cu_seqlens: (S + 1,), int32 or int64, from 0 to N, never falling; on the device of values.
 
     Returns:
-        (S,) float32, float64 for float64 values: the dtype that the sum is accumulated in.
+        (S,) float32, float64 for float64 values; sums are kept in float64.
     """
     n_segments = cu_seqlens.numel() - 1
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -17,6 +17,8 @@ from .reference.family import AlphaBeta, optimum
 # up to 1e4 had a mean reward 1.8e-12 above all of them).
 _KL_SLACK = 1e-10
 _REWARD_SLACK = 1e-12
+# Buffers of a QualityConstraint, the last two where it is damped.
+_STATE = ("lam", "mu", "integral", "gap")
 
 
 class QempoSolution(NamedTuple):
@@ -53,8 +55,8 @@ def target_distribution(
     _check.positive("alpha", alpha)
     _check.number("beta", beta, low=0.0)
     _check.tensor("rewards", rewards)
-    if rewards.ndim == 0:
-        _check.bad_value("rewards", "at least 1 dimension", "shape ()")
+    if rewards.ndim == 0 or rewards.shape[-1] == 0:
+        _check.bad_value("rewards", "at least 1 dimension and 1 response", f"shape {tuple(rewards.shape)}")
     _check.finite("rewards", rewards)
     if ref_logps is None:
         if beta > 0:
@@ -63,6 +65,8 @@ def target_distribution(
         _check.tensor("ref_logps", ref_logps, shape=rewards.shape, device=rewards.device)
         if _check.readable(ref_logps) and bool((ref_logps.isnan() | (ref_logps == torch.inf)).any()):
             _check.bad_value("ref_logps", "log-probs without NaN or plus infinity", "some")
+        if beta > 0 and _check.readable(ref_logps) and bool((ref_logps == -torch.inf).all(-1).any()):
+            _check.bad_value("ref_logps", "a response that the reference gives", "minus infinity for all")
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     reference = None if ref_logps is None else ref_logps.to(dtype)
     return optimum(rewards.to(dtype), reference, alpha=alpha, beta=beta)
@@ -96,7 +100,8 @@ def solve_qempo(
         max_kl: K, the cap on KL(pi || pi_ref) in nats, >= 0; None for no cap (QEMPO instead of QEMPO-KL).
 
     Returns:
-        (lam, mu, probs): two floats, and (n,) float64 probabilities on the device of rewards.
+        (lam, mu, probs): two floats, and (n,) float64 probabilities on the device of rewards, or on the CPU where that
+            has no float64.
 
     Raises:
         TypeError, ValueError: a tensor of another type, shape or not finite (one problem a call: rewards are
@@ -106,17 +111,21 @@ def solve_qempo(
     _check.tensor("rewards", rewards, ndim=1)
     if rewards.numel() == 0:
         _check.bad_value("rewards", "at least one response", "an empty tensor")
-    r = rewards.detach().to("cpu", torch.float64)
+    _check.present("rewards", rewards)
+    r = rewards.detach().cpu().double()
     _check.finite("rewards", r)
     _check.number("min_reward", min_reward)
+    # NumPy's float32 would keep its precision in all that follows.
+    min_reward = float(min_reward)
     f = None
     if max_kl is not None:
         _check.number("max_kl", max_kl, low=-_KL_SLACK)
-        max_kl = max(max_kl, 0.0)
+        max_kl = max(float(max_kl), 0.0)
         if ref_logps is None:
             _check.bad_value("ref_logps", "the reference's log-probs, since max_kl is given", None)
         _check.tensor("ref_logps", ref_logps, shape=rewards.shape)
-        f = torch.log_softmax(ref_logps.detach().to("cpu", torch.float64), dim=0)
+        _check.present("ref_logps", ref_logps)
+        f = torch.log_softmax(ref_logps.detach().cpu().double(), dim=0)
         _check.finite("ref_logps", f)
     best, worst = float(r.max()), float(r.min())
     if not math.isfinite(worst - best):
@@ -124,14 +133,14 @@ def solve_qempo(
     if min_reward > best + _REWARD_SLACK * max(abs(best), abs(worst)):
         _check.bad_value("min_reward", f"at most {best}, the largest reward", min_reward)
     # Distances below the best reward keep their digits where min_reward is close to it.
-    gaps, floor = r - best, min(float(min_reward) - best, 0.0)
+    gaps, floor = r - best, min(min_reward - best, 0.0)
     if floor == 0.0 and float(gaps.min()) < 0.0:
         top = gaps == 0.0
         _, mu, p = _solve(gaps[top], None if f is None else f[top], 0.0, max_kl)
         probs = torch.zeros_like(r).masked_scatter(top, p)
-        return QempoSolution(math.inf, mu, probs.to(rewards.device))
+        return QempoSolution(math.inf, mu, _follow(lambda x: x.to(rewards.device), probs))
     lam, mu, probs = _solve(gaps, f, floor, max_kl)
-    return QempoSolution(lam, mu, probs.to(rewards.device))
+    return QempoSolution(lam, mu, _follow(lambda x: x.to(rewards.device), probs))
 
 
 def _solve(r: torch.Tensor, f: torch.Tensor | None, floor: float, cap: float | None) -> QempoSolution:
@@ -248,8 +257,9 @@ class QualityConstraint(torch.nn.Module):
             keeps the noise of a batch out of lam. The integral sees each gap once, unsmoothed.
 
     Attributes:
-        lam, mu: float32 scalar buffers, saved in the state_dict; so are integral and gap, (2,), where
-            damping > 0.
+        lam, mu: float64 scalar buffers, saved in the state_dict; so are integral and gap, (2,), where
+            damping > 0. They stay float64 when a model around them is cast or a state of another dtype is loaded, and
+            on the CPU when it moves to a device without float64 (mps) or without values (meta).
         alpha, beta: floats, the family's numbers for the losses.
 
     Raises:
@@ -291,25 +301,46 @@ class QualityConstraint(torch.nn.Module):
         _check.choice("step", step, ("additive", "multiplicative"))
         _check.number("damping", damping, low=0.0)
         _check.number("smoothing", smoothing, low=0.0, high=1.0, open_high=True)
-        self.min_reward, self.max_kl = float(min_reward), max_kl
-        self.lr, self.kl_lr = lr, lr if kl_lr is None else kl_lr
-        self.lam_min, self.lam_max, self.mu_max, self.step = lam_min, lam_max, mu_max, step
+        self.min_reward, self.max_kl = float(min_reward), None if max_kl is None else float(max_kl)
+        self.lr, self.kl_lr = float(lr), float(lr if kl_lr is None else kl_lr)
+        self.lam_min, self.lam_max, self.mu_max, self.step = float(lam_min), float(lam_max), float(mu_max), step
         self.damping, self.smoothing = float(damping), float(smoothing)
-        self.register_buffer("lam", torch.tensor(float(lam), dtype=torch.float32))
-        self.register_buffer("mu", torch.tensor(float(mu), dtype=torch.float32))
+        self.register_buffer("lam", _state(float(lam)))
+        self.register_buffer("mu", _state(float(mu)))
         if damping:
-            self.register_buffer("integral", torch.tensor([float(lam), float(mu)], dtype=torch.float32))
+            self.register_buffer("integral", _state([float(lam), float(mu)]))
             # NaN until the first update: a running mean that started at 0 would hide the gap that is largest.
-            self.register_buffer("gap", torch.full((2,), math.nan, dtype=torch.float32))
+            self.register_buffer("gap", _state([math.nan, math.nan]))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QualityConstraint:
         # A model cast to bfloat16 casts its submodules, and lam = 20 in bfloat16 cannot move by less than
-        # 0.06.
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
+        # 0.06. So the multipliers take from fn the device alone; what else a subclass has takes all of it.
+        before = dict(self._buffers)
+        own = {name: self._buffers.pop(name) for name in _STATE if name in before}
+        try:
+            super()._apply(fn, recurse)
+            own = {name: _follow(fn, buffer) for name, buffer in own.items()}
+        finally:
+            # In the order that the state_dict had.
+            after = self._buffers | own
+            self._buffers.clear()
+            self._buffers.update({name: after[name] for name in before})
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._widen()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._widen()
+
+    def _widen(self) -> None:
+        """Back to float64 what was assigned or cast past _apply: a step of 4e-4 does not move lam = 1e4 in float32."""
+        for name in _STATE:
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.dtype is not torch.float64 and not buffer.is_meta:
+                self._buffers[name] = _check.double(buffer)
 
     @property
     def alpha(self) -> float:
@@ -332,6 +363,7 @@ class QualityConstraint(torch.nn.Module):
             wanted = "None, since there is no max_kl" if self.max_kl is None else "an estimate, since max_kl is set"
             _check.bad_value("kl", wanted, "None" if kl is None else "one")
         excess = None if self.max_kl is None else _mean("kl", kl) - self.max_kl
+        self._widen()
         self._move(0, self.min_reward - reward)
         if excess is not None:
             self._move(1, excess)
@@ -344,9 +376,15 @@ class QualityConstraint(torch.nn.Module):
             (self.mu, self.kl_lr, 0.0, self.mu_max),
         )[which]
 
-        # lam itself, and 1 + mu, are what the multiplicative step scales.
+        # lam itself, and 1 + mu, are what the multiplicative step scales. Beyond exp(700) lam_max and mu_max decide.
         def stepped(x: float, by: float) -> float:
-            x = x + by if self.step == "additive" else (which + x) * _exp(by) - which
+            if self.step == "additive":
+                x += by
+            elif which:
+                # Not (1 + x) exp(by) - 1, which loses the digits of a small mu.
+                x += (1.0 + x) * math.expm1(min(by, 700.0))
+            else:
+                x *= math.exp(min(by, 700.0))
             return min(max(x, low), high)
 
         if not self.damping:
@@ -367,15 +405,30 @@ def _mean(name: str, x: Any) -> float:
     """Mean of a tensor or a number, finite."""
     if isinstance(x, torch.Tensor):
         _check.tensor(name, x)
+        _check.present(name, x)
         if x.numel() == 0:
             _check.bad_value(name, "at least one value", "an empty tensor")
-        x = float(x.detach().to(torch.promote_types(x.dtype, torch.float32)).mean())
+        x = float(_check.double(x.detach()).mean())
         if not math.isfinite(x):
             _check.bad_value(name, "finite values", f"a mean of {x}")
     _check.number(name, x)
     return float(x)
 
 
-def _exp(x: float) -> float:
-    """exp without an overflow error: beyond 700 lam_max and mu_max decide anyway."""
-    return math.exp(min(x, 700.0))
+def _state(x: float | list[float]) -> torch.Tensor:
+    """A buffer on torch's default device, or on the CPU where that cannot hold it."""
+    buffer = torch.tensor(x, dtype=torch.float64, device="cpu")
+    return _follow(lambda t: t.to(torch.get_default_device()), buffer)
+
+
+def _follow(fn: Callable[[torch.Tensor], torch.Tensor], buffer: Any) -> Any:
+    """buffer where fn puts it; on the CPU where that device has no float64 or, as meta, no values."""
+    if buffer is None:
+        return None
+    try:
+        device = fn(buffer).device
+    except (TypeError, RuntimeError):
+        # Apple's GPUs refuse float64. What fn does to no dtype it refuses here, too.
+        fn(buffer.float())
+        return buffer.cpu()
+    return buffer if device.type == "meta" else buffer.to(device)

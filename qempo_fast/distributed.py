@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,11 @@ from .logps import SequenceLogps, linear_logps, segment_sum
 # int64 words of the one all-gather that every gather_groups makes: 16 KiB a rank hold 600 rows of an id, two log-probs
 # and a reward. A rank with more sends the rest in a second.
 _WORDS = 2048
-_HEADER = 3
+# What each rank's rows have to share, by argument; before their checksums come the numbers of rows and of words.
+_SAME = {"groups": "one dtype", "tensors": "as many, of the same dtypes and widths,"}
+_HEADER = 2 + len(_SAME)
+# Of a token axis: what the sums over its ranks depend on.
+_SAME_TOKENS = {"cu_seqlens": "one length", "entropy": "the same choice", "average": "the same choice"}
 
 
 class GatheredGroups(NamedTuple):
@@ -60,6 +63,8 @@ def gather_groups(
         RuntimeError: on the other ranks where one rank has refused its arguments.
     """
     distributed = dist.is_available() and dist.is_initialized()
+    if distributed or process_group is not None:
+        _collective.member("process_group", process_group)
     device = _collective.device_of(process_group, groups, *tensors) if distributed else torch.device("cpu")
     if distributed:
         with _collective.together(process_group, _WORDS, device):
@@ -68,12 +73,15 @@ def gather_groups(
     else:
         _check_rows(groups, tensors)
         parts = [[groups, *(x.detach() for x in tensors)]]
-    ids, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
+    with _check.own_dtypes(groups.device.type):
+        ids, *columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     order = torch.argsort(ids, stable=True)
     found, counts = torch.unique_consecutive(ids[order], return_counts=True)
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     first = sum(len(part[0]) for part in parts[: dist.get_rank(process_group)]) if distributed else 0
-    own = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    own = torch.empty_like(order).index_copy_(
+        0, order, torch.arange(len(order), device=order.device, dtype=torch.int64)
+    )
     own = own[first : first + len(groups)]
     rows = [column[order] for column in columns]
     # The copy connects this rank's rows to their graph.
@@ -83,6 +91,7 @@ def gather_groups(
 
 def _check_rows(groups: Any, tensors: Sequence[Any]) -> None:
     _check.tensor("groups", groups, dtypes=_check.INTS, ndim=1)
+    _check.present("groups", groups)
     for i, x in enumerate(tensors):
         name = f"tensors[{i}]"
         if not isinstance(x, torch.Tensor):
@@ -109,15 +118,13 @@ def _all_gather_rows(tensors: list[torch.Tensor], group: ProcessGroup | None) ->
     columns = [_dense(x.detach()).reshape(rows, _width(x) // x.element_size()).view(torch.uint8) for x in tensors]
     flat = torch.cat(columns, 1).reshape(-1)
     words = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64)
-    layout = zlib.crc32(repr([(x.dtype, x.shape[1:]) for x in tensors]).encode())
-    header = torch.tensor([rows, len(words), layout], device=words.device)
+    layout = {"groups": tensors[0].dtype, "tensors": [(x.dtype, x.shape[1:]) for x in tensors[1:]]}
+    numbers = [rows, len(words), *_collective.words(layout)]
+    header = torch.tensor(numbers, dtype=torch.int64, device=words.device)
     room = _WORDS - _HEADER
     table = _collective.exchange(torch.cat([header, _filled(words[:room], room)]), group)
     headers = table[:, :_HEADER].tolist()
-    odd = [rank for rank, h in enumerate(headers) if h[2] != headers[0][2]]
-    if odd:
-        wanted = "as many, of the same dtypes and widths, on every rank"
-        _check.bad_value("tensors", wanted, f"others on rank {', '.join(map(str, odd))} than on rank 0")
+    _collective.same([h[2:] for h in headers], _SAME)
     gathered = list(table[:, _HEADER:])
     rest = max(h[1] for h in headers) - room
     if rest > 0:
@@ -134,7 +141,9 @@ def _filled(words: torch.Tensor, length: int) -> torch.Tensor:
 
 def _unpacked(flat: torch.Tensor, rows: int, like: list[torch.Tensor]) -> list[torch.Tensor]:
     columns = flat.reshape(rows, sum(map(_width, like))).split([_width(x) for x in like], 1)
-    return [_dense(c).view(x.dtype).reshape(rows, *x.shape[1:]) for c, x in zip(columns, like, strict=True)]
+    # Bytes of no width cannot be viewed as another dtype, only made.
+    parts = (_dense(c).view(x.dtype) if c.numel() else c.to(x.dtype) for c, x in zip(columns, like, strict=True))
+    return [part.reshape(rows, *x.shape[1:]) for part, x in zip(parts, like, strict=True)]
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -155,16 +164,22 @@ def sum_over_ranks(x: torch.Tensor, *, process_group: ProcessGroup | None = None
     torch's differentiable all-reduce sums the gradient over ranks too, which is world size times too much here.
 
     Args:
-        x: float, of one shape on all ranks.
+        x: float, of one shape and dtype on all ranks.
         process_group: the ranks; None for all.
 
     Returns:
         The sum, shaped like x, on every rank; each rank's gradient is that of its own x.
 
     Raises:
-        TypeError: x not a float tensor.
+        TypeError, ValueError: x not a float tensor; ranks with another shape or dtype.
+        RuntimeError: on the other ranks where one rank has refused its argument.
     """
-    _check.tensor("x", x)
+    _collective.member("process_group", process_group)
+    device = _collective.device_of(process_group, x)
+    with _collective.together(process_group, 1, device):
+        _check.tensor("x", x)
+    mine = torch.tensor(_collective.words({"x": (x.dtype, x.shape)}), dtype=torch.int64, device=device)
+    _collective.same(_collective.exchange(mine, process_group).tolist(), {"x": "one shape and dtype"})
     return _SumOverRanks.apply(x, process_group)
 
 
@@ -199,29 +214,35 @@ def sequence_parallel_logps(
         TypeError, ValueError: as sequence_logps; ranks with other cu_seqlens.
         RuntimeError: on the other ranks where one rank has refused its arguments.
     """
+    _collective.member("token_group", token_group)
     device = _collective.device_of(token_group, hidden, targets)
-    with _collective.together(token_group, 2, device):
+    with _collective.together(token_group, 2 + len(_SAME_TOKENS), device):
         _check.tensor("hidden", hidden, ndim=2)
         _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:1], device=hidden.device)
         _check.tensor("cu_seqlens", cu_seqlens, dtypes=_check.INTS, ndim=1, device=hidden.device)
-    same = zlib.crc32(cu_seqlens.long().cpu().numpy().tobytes())
-    table = _collective.exchange(torch.tensor([len(hidden), same], device=device), token_group).tolist()
-    if len({row[1] for row in table}) > 1:
+    cu_seqlens = cu_seqlens.long()
+    asked = {"cu_seqlens": len(cu_seqlens), "entropy": bool(head.get("entropy")), "average": bool(average)}
+    mine = torch.tensor([len(hidden), *_collective.words(asked)], dtype=torch.int64, device=device)
+    table = _collective.exchange(torch.cat([mine, _collective.checksum(cu_seqlens)]), token_group).tolist()
+    _collective.same([row[1:] for row in table], _SAME_TOKENS)
+    if len({row[-1] for row in table}) > 1:
         _check.bad_value("cu_seqlens", "those of the whole token axis, the same on every rank", "others among them")
     _check.offsets("cu_seqlens", cu_seqlens, sum(row[0] for row in table))
     start = sum(row[0] for row in table[: dist.get_rank(token_group)])
-    mine = (cu_seqlens - start).clamp(0, len(hidden))
+    own = (cu_seqlens - start).clamp(0, len(hidden))
     try:
         tokens = linear_logps(hidden, weight, targets, **head)
     except Exception:
         # The others wait in the all-reduce below; a NaN length tells them.
-        failed = torch.full((3 if head.get("entropy") else 2, len(cu_seqlens)), torch.nan, dtype=torch.float64)
+        failed = torch.full(
+            (3 if head.get("entropy") else 2, len(cu_seqlens)), torch.nan, dtype=torch.float64, device="cpu"
+        )
         dist.all_reduce(failed.to(device), group=token_group)
         raise
     counted = (targets != head.get("ignore_index", -100)).double()
-    local = [segment_sum(x.double(), mine) for x in (tokens.logps, counted, tokens.entropy) if x is not None]
+    local = [segment_sum(x.double(), own) for x in (tokens.logps, counted, tokens.entropy) if x is not None]
     local = [torch.cat([x, x.new_zeros(1)]) for x in local]  # room for the NaN where S = 0
-    total = sum_over_ranks(torch.stack(local), process_group=token_group)
+    total = _SumOverRanks.apply(torch.stack(local), token_group)
     if bool(total[1].isnan().any()):
         raise RuntimeError("token_group: another rank refused its arguments; its own error says which")
     lengths = total[1, :-1].detach()

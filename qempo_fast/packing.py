@@ -15,6 +15,8 @@ from . import _check
 Tokens = Sequence[int] | torch.Tensor
 
 _PAD = -1
+_IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_INT64 = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class PackedPrompts:
 
     def mask(self) -> torch.Tensor:
         """(B, 1, L, L) bool, True where query attends to key: own prompt, own completion, nothing later."""
-        place = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        rows = torch.arange(len(self.input_ids), device=self.input_ids.device)
+        count, length = self.input_ids.shape
+        place = torch.arange(length, dtype=torch.int64, device=self.input_ids.device)
+        rows = torch.arange(count, dtype=torch.int64, device=self.input_ids.device)
         return _attends(self.prompt, self.completion, rows[:, None, None], None, place[:, None], place).unsqueeze(1)
 
     def block_mask(self) -> Any:
@@ -125,15 +128,20 @@ def pack_prompts(
         PackedPrompts, on CPU.
 
     Raises:
-        TypeError, ValueError: an empty prompt, another number of completion lists than prompts, token ids that are not
-            non-negative integers, a group longer than max_length.
+        TypeError, ValueError: an empty prompt, another number of completion lists than prompts, token ids or a pad_id
+            that are not non-negative integers, a group longer than max_length.
     """
+    _many("prompts", prompts, "prompts")
+    _many("completions", completions, "lists of completions, one for each prompt")
+    (pad_id,) = _ids("pad_id", [pad_id])
     if len(prompts) != len(completions):
         _check.bad_value("completions", f"one list for each of {len(prompts)} prompts", f"{len(completions)} lists")
     heads = [_ids(f"prompts[{g}]", prompt) for g, prompt in enumerate(prompts)]
     for g, head in enumerate(heads):
         if not head:
             _check.bad_value(f"prompts[{g}]", "at least one token, which predicts the completions' first", "none")
+    for g, group in enumerate(completions):
+        _many(f"completions[{g}]", group, "completions of one prompt")
     tails = [[_ids(f"completions[{g}]", c) for c in group] for g, group in enumerate(completions)]
     lengths = [len(h) + sum(max(len(c) - 1, 0) for c in group) for h, group in zip(heads, tails, strict=True)]
     if max_length is not None:
@@ -143,7 +151,7 @@ def pack_prompts(
     rows = _first_fit(lengths, max_length)
     width = max((sum(lengths[g] for g in row) for row in rows), default=0)
     first = [sum(map(len, tails[:g])) for g in range(len(heads))]
-    cells = torch.full((4, len(rows), width), _PAD)
+    cells = torch.full((4, len(rows), width), _PAD, dtype=torch.int64, device="cpu")
     cells[0], cells[1] = pad_id, 0
     source: dict[int, list[int]] = {}
     for r, row in enumerate(rows):
@@ -155,16 +163,16 @@ def pack_prompts(
                 start = r * width + len(line)
                 line += ((t, len(heads[g]) + i, g, s) for i, t in enumerate(tail[:-1]))
                 source[s] = ([last, *range(start, start + len(tail) - 1)])[: len(tail)]
-        cells[:, r, : len(line)] = torch.tensor(line).T
+        cells[:, r, : len(line)] = torch.tensor(line, dtype=torch.int64, device="cpu").T
     flat = [c for group in tails for c in group]
-    counts = torch.tensor([len(c) for c in flat], dtype=torch.int64)
+    counts = torch.tensor([len(c) for c in flat], dtype=torch.int64, device="cpu")
     return PackedPrompts(
         input_ids=cells[0],
         position_ids=cells[1],
         prompt=cells[2],
         completion=cells[3],
-        source=torch.tensor([i for s in range(len(flat)) for i in source[s]], dtype=torch.int64),
-        targets=torch.tensor([t for c in flat for t in c], dtype=torch.int64),
+        source=torch.tensor([i for s in range(len(flat)) for i in source[s]], dtype=torch.int64, device="cpu"),
+        targets=torch.tensor([t for c in flat for t in c], dtype=torch.int64, device="cpu"),
         cu_seqlens=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
         separate_tokens=sum(len(h) + max(len(c) - 1, 0) for h, group in zip(heads, tails, strict=True) for c in group),
     )
@@ -175,13 +183,28 @@ def _attends(prompt: torch.Tensor, completion: torch.Tensor, b: Any, h: Any, q: 
     return (q >= k) & (prompt[b, q] == prompt[b, k]) & own
 
 
+def _many(name: str, x: Any, of: str) -> None:
+    """Refuse what is no list of sequences; a tensor of two dimensions and more is one."""
+    if isinstance(x, torch.Tensor):
+        _check.tensor(name, x, dtypes=_IDS)
+        if x.ndim < 2:
+            _check.bad_value(name, f"a list of {of}", f"a tensor of shape {tuple(x.shape)}")
+    elif not isinstance(x, Sequence) or isinstance(x, (str, bytes)):
+        _check.bad_type(name, f"a list of {of}", type(x).__name__)
+
+
 def _ids(name: str, tokens: Any) -> list[int]:
-    ids = tokens.tolist() if isinstance(tokens, torch.Tensor) and tokens.ndim == 1 else tokens
-    if not isinstance(ids, Sequence) or isinstance(ids, str):
+    if isinstance(tokens, torch.Tensor):
+        _check.tensor(name, tokens, dtypes=_IDS, ndim=1)
+        _check.present(name, tokens)
+        tokens = tokens.tolist()
+    if not isinstance(tokens, Sequence) or isinstance(tokens, (str, bytes)):
         _check.bad_type(name, "a sequence of token ids or a 1-dimensional tensor", type(tokens).__name__)
-    for i in ids:
+    for i in tokens:
         _check.integer(name, i, low=0)
-    return list(ids)
+    if tokens and max(tokens) > _INT64:
+        _check.bad_value(name, "token ids that int64 holds", max(tokens))
+    return [int(i) for i in tokens]
 
 
 def _first_fit(lengths: list[int], room: int | None) -> list[list[int]]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from qempo_fast import metrics
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -79,6 +81,86 @@ ROWS: list[tuple[str, Callable[[], Call], type[Exception], str]] = [
         ValueError,
         r"c: wanted shape \(2,\) as n, got \(3,\)",
     ),
+    # By broadcasting these were P x P and P problems.
+    (
+        "pass_at_k, a column and a row",
+        lambda: (metrics.pass_at_k, (torch.full((3, 1), 4), torch.ones(3), 2), {}),
+        ValueError,
+        r"c: wanted shape \(3, 1\) as n, got \(3,\)",
+    ),
+    (
+        "pass_at_k, one n in a list",
+        lambda: (metrics.pass_at_k, ([4], [1, 1, 1], 2), {}),
+        ValueError,
+        r"c: wanted shape \(1,\) as n, got \(3,\)",
+    ),
+    ("pass_at_k, None", lambda: (metrics.pass_at_k, (None, 1, 1), {}), TypeError, "n: wanted numbers.*NoneType"),
+    ("pass_at_k, k a bool", lambda: (metrics.pass_at_k, (4, 1, True), {}), TypeError, "k: wanted an int, got bool"),
+    *[
+        (
+            f"distinct_n, {label}",
+            lambda token=token: (metrics.distinct_n, ([[token, token]], 1), {}),  # type: ignore[misc]
+            TypeError,
+            "texts: wanted tokens that are ids or strings, got one that is a",
+        )
+        # Tensors are members of a set by their address: two of one id counted as different.
+        for label, token in [("lists", [1]), ("tensors", torch.tensor(1)), ("None", None), ("floats", 1.0)]
+    ],
+    ("distinct_n, bytes", lambda: (metrics.distinct_n, ([b"ab"], 1), {}), TypeError, "texts: .*got bytes"),
+    (
+        "distinct_n, rows of floats",
+        lambda: (metrics.distinct_n, ([torch.ones(2)], 1), {}),
+        TypeError,
+        "texts: wanted uint8 or .*float32",
+    ),
+    (
+        "distinct_n, a table of ids",
+        lambda: (metrics.distinct_n, ([torch.ones(2, 2, dtype=torch.int64)], 1), {}),
+        ValueError,
+        "texts: wanted 1 dimensions",
+    ),
+    (
+        "distinct_n, ids on meta",
+        lambda: (metrics.distinct_n, ([torch.ones(2, dtype=torch.int64, device="meta")], 1), {}),
+        ValueError,
+        "texts: wanted values that can be read",
+    ),
+    (
+        "self_rouge, kind a list",
+        lambda: (metrics.self_rouge, (["a", "b"],), {"kind": ["rouge1"]}),
+        ValueError,
+        "kind: ",
+    ),
+    ("vendi, None", lambda: (metrics.vendi, (None,), {}), TypeError, "embeddings: wanted numbers"),
+    ("vendi, complex", lambda: (metrics.vendi, (torch.ones(2, 2) * 1j,), {}), TypeError, "embeddings: wanted real"),
+    ("ece, complex list", lambda: (metrics.ece, ([1j], [1]), {}), TypeError, "probabilities: wanted numbers"),
+    ("vendi, sparse", lambda: (metrics.vendi, (torch.eye(2).to_sparse(),), {}), TypeError, "embeddings: .*dense"),
+    (
+        "vendi, nested",
+        lambda: (metrics.vendi, (torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]),), {}),
+        TypeError,
+        "embeddings: wanted a plain tensor .* nested",
+    ),
+    (
+        "vendi, quantised",
+        lambda: (metrics.vendi, (torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8),), {}),
+        TypeError,
+        "embeddings: .*quantised",
+    ),
+    (
+        "vendi, rows of two widths",
+        lambda: (metrics.vendi, ([torch.ones(2), torch.ones(3)],), {}),
+        TypeError,
+        "embeddings: wanted numbers.*got list",
+    ),
+    (
+        "max_at_k, meta",
+        lambda: (metrics.max_at_k, (torch.ones(3, device="meta"), 1), {}),
+        ValueError,
+        "rewards: wanted values that can be read",
+    ),
+    ("max_at_k, a huge int", lambda: (metrics.max_at_k, ([10**400], 1), {}), TypeError, "rewards: wanted numbers"),
+    ("brier, a dict", lambda: (metrics.brier, ({}, [1]), {}), TypeError, "probabilities: wanted numbers.*dict"),
     ("max_at_k, k = 0", lambda: (metrics.max_at_k, ([1.0, 2.0], 0), {}), ValueError, "k: wanted .*got 0"),
     (
         "max_at_k, k above n",

@@ -26,7 +26,7 @@ ROWS = [(f"{name}: {row[0]}", *row[1:]) for name, rows in TABLES.items() for row
 def tensors(x: Any) -> Iterator[torch.Tensor]:
     """All tensors in nested arguments whose memory can be read."""
     if isinstance(x, torch.Tensor):
-        if x.device.type != "meta":
+        if x.device.type != "meta" and x.layout is torch.strided and not (x.is_nested or x.is_quantized):
             yield x
     elif isinstance(x, dict):
         yield from tensors(list(x.values()))

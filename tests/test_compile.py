@@ -14,6 +14,7 @@ import torch._inductor.config
 import torch.distributed as dist
 
 import qempo_fast as qf
+from qempo_fast._operator import scalar
 from qempo_fast.logps.op import chunk_rows
 
 Tensors = tuple[torch.Tensor, ...]
@@ -196,7 +197,8 @@ class Op:
 def linear(dtype: torch.dtype, tau: float | None, entropy: bool) -> Op:
     h, w, b = (draw(*s, dtype=dtype).requires_grad_() for s in ((9, 4), (31, 4), (31,)))
     seed = None if tau is None else torch.tensor(7)
-    return Op(LINEAR, (h, w, b, tokens(9, 31), None, seed, -100, 1.0, None, entropy, entropy, tau, ROWS, "cpu"))
+    head = (h, w, b, tokens(9, 31), None, seed, scalar(1.0), None, scalar(tau))
+    return Op(LINEAR, (*head, -100, entropy, entropy, ROWS, "cpu"))
 
 
 def grad(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -204,11 +206,13 @@ def grad(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 CHECKED = {
-    "dpp": lambda: Op(DPP, (grad(5, 4, 8), None, None, 1.0, True, "cpu")),
-    "dpp, reference": lambda: Op(DPP, (grad(5, 4, 8), grad(5, 4), None, 1.0, True, "reference")),
-    "dpp, ragged float64": lambda: Op(DPP, (grad(9, 8, dtype=torch.float64), grad(9), RAGGED, 0.5, False, "cpu")),
-    "dpp, ragged reference": lambda: Op(DPP, (grad(9, 8), None, RAGGED.int(), 0.5, True, "reference")),
-    "dpp_select": lambda: Op(torch.ops.qempo_fast.dpp_select, (draw(9, 8), 2, None, RAGGED, 1.0, "reference")),
+    "dpp": lambda: Op(DPP, (grad(5, 4, 8), None, None, scalar(1.0), True, "cpu")),
+    "dpp, reference": lambda: Op(DPP, (grad(5, 4, 8), grad(5, 4), None, scalar(1.0), True, "reference")),
+    "dpp, ragged float64": lambda: Op(
+        DPP, (grad(9, 8, dtype=torch.float64), grad(9), RAGGED, scalar(0.5), False, "cpu")
+    ),
+    "dpp, ragged reference": lambda: Op(DPP, (grad(9, 8), None, RAGGED.int(), scalar(0.5), True, "reference")),
+    "dpp_select": lambda: Op(torch.ops.qempo_fast.dpp_select, (draw(9, 8), 2, None, RAGGED, scalar(1.0), "reference")),
     "linear_logps, exact": lambda: linear(torch.float32, None, False),
     "linear_logps, exact entropy": lambda: linear(torch.float64, None, True),
     "linear_logps, sampled": lambda: linear(torch.float32, 0.1, True),
@@ -217,7 +221,7 @@ CHECKED = {
     ),
     "segment_sum": lambda: Op(torch.ops.qempo_fast.segment_sum, (grad(60), CU, "reference")),
     "values": lambda: Op(torch.ops.qempo_fast.values, ("rewards", draw(4), "finite")),
-    "groups": lambda: Op(torch.ops.qempo_fast.groups, (9, RAGGED, 2)),
+    "groups": lambda: Op(torch.ops.qempo_fast.groups, (9, RAGGED, 2, None)),
     "offsets": lambda: Op(torch.ops.qempo_fast.offsets, ("cu_seqlens", CU, 60)),
 }
 

@@ -305,7 +305,7 @@ def test_a_damped_state_is_saved_and_keeps_its_dtype() -> None:
         c.update(0.7, kl=0.9)
     for name, buffer in one.named_buffers():
         assert torch.equal(buffer, getattr(two, name)), name
-        assert getattr(two, name).dtype == torch.float32
+        assert getattr(two, name).dtype == torch.float64
 
 
 def test_a_refused_update_changes_nothing() -> None:
@@ -325,7 +325,7 @@ def test_state_dict_and_dtype() -> None:
     assert sorted(c.state_dict()) == ["lam", "mu"]
     assert torch.equal(other.lam, c.lam)
     model = torch.nn.ModuleDict({"constraint": c}).to(torch.bfloat16)
-    assert model["constraint"].lam.dtype == torch.float32
+    assert model["constraint"].lam.dtype == torch.float64
     assert torch.equal(model["constraint"].lam, other.lam)
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Check, Ended, close, join, launch, passed, raises, run
 
 import qempo_fast as qf
 from qempo_fast.distributed import sequence_parallel_logps
@@ -23,15 +22,6 @@ from qempo_fast.distributed import sequence_parallel_logps
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def close(name: str, value: torch.Tensor, truth: torch.Tensor) -> None:
-    torch.testing.assert_close(value, truth, rtol=0, atol=1e-12, msg=lambda m: f"{name}: {m}")
-
-
-def raises(error: type[Exception], words: str, call: Callable[[], object]) -> None:
-    with pytest.raises(error, match=words):
-        call()
 
 
 def tokens(n: int = 24, d: int = 5, v: int = 403) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -210,6 +200,24 @@ def sequence_shards(rank: int, world: int) -> None:
         close("dweight", part[1].grad, whole[1].grad)
 
 
+def a_masked_shard_in_triton(rank: int, world: int) -> None:
+    """The last shard has no column of any probability: the sampled gradient is the exact one of a single process."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return  # compiled kernels do not run on CPU tensors
+    hidden, weight, targets = draw(3, 4), 0.1 * draw(40, 4, seed=1), torch.tensor([0, 3, 9])
+    bias = torch.zeros(40, dtype=torch.float64).index_fill(0, torch.arange(10, 40), -torch.inf)
+    mine = slice(20 * rank, 20 * rank + 20)
+    whole, part = ([x.clone().requires_grad_() for x in y] for y in ((hidden, weight), (hidden, weight[mine])))
+    truth = qf.linear_logps(*whole, targets, bias=bias)
+    how = {"grad": "sampled", "tau": 1e-3, "backend": "triton", "process_group": dist.group.WORLD}
+    out = qf.linear_logps(*part, targets, bias=bias[mine], **how)
+    for logps in (truth.logps, out.logps):
+        (logps * torch.linspace(-1, 1, 3)).sum().backward()
+    close("logps", out.logps.detach(), truth.logps.detach())
+    close("dhidden", part[0].grad, whole[0].grad)
+    close("dweight", part[1].grad, whole[1].grad[mine])
+
+
 def fsdp2(rank: int, world: int) -> None:
     """A fully sharded Llama with the fused head inside its forward: loss and gradients of one process."""
     from torch.distributed.fsdp import fully_shard
@@ -245,22 +253,20 @@ def fsdp2(rank: int, world: int) -> None:
             close(name, p.grad.full_tensor(), grads[name])
 
 
-CHECKS: dict[str, tuple[Callable[[int, int], None], tuple[int, ...]]] = {
+CHECKS: dict[str, tuple[Check, tuple[int, ...]]] = {
     "dtensor_heads": (dtensor_heads, (2, 4)),
     "dtensor_heads_refused": (dtensor_heads_refused, (2, 4)),
     "a_bad_argument_on_one_rank": (a_bad_argument_on_one_rank, (2, 4)),
     "gathered_groups": (gathered_groups, (2, 4)),
     "groups_larger_than_one_message": (groups_larger_than_one_message, (2, 4)),
     "sequence_shards": (sequence_shards, (2, 4)),
+    "a_masked_shard_in_triton": (a_masked_shard_in_triton, (2,)),
     "fsdp2": (fsdp2, (2,)),
 }
 
 
 def worker(rank: int, world: int, what: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    seconds = timedelta(seconds=3 if what == "silent" else 60)
-    store = f"file://{folder}/{what}-{world}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=seconds)
+    join(rank, world, f"{folder}/{what}-{world}", 3 if what == "silent" else 60)
     if what in ("dead", "silent"):
         joined = Path(folder) / "joined"
         if rank == 1:
@@ -273,41 +279,22 @@ def worker(rank: int, world: int, what: str, folder: str) -> None:
         joined.touch()
         qf.gather_groups(torch.tensor([0]), torch.zeros(1))
         return
-    # An error ends this rank, and by that the others too: out of step they would only wait for each other.
-    for name, (check, worlds) in CHECKS.items():
-        if world in worlds:
-            check(rank, world)
-            print(name, flush=True)
-    dist.destroy_process_group()
-
-
-def launch(world: int, what: str, folder: str) -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of each rank; scripts, since pytest's import mode gives this module no name."""
-    command = [sys.executable, __file__]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([*command, str(rank), str(world), what, folder], **pipes) for rank in range(world)]
-    try:
-        texts = [process.communicate(timeout=150) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    return [(process.returncode, *text) for process, text in zip(ranks, texts, strict=True)]
+    run(((name, check) for name, (check, worlds) in CHECKS.items() if world in worlds), rank, world)
 
 
 @pytest.fixture(scope="module")
-def ended() -> dict[int, list[tuple[int, str, str]]]:
+def ended() -> dict[int, list[Ended]]:
     """launch() by world size; all checks share the processes, which take seconds to start."""
     with tempfile.TemporaryDirectory() as folder:
-        return {world: launch(world, "checks", folder) for world in (2, 4)}
+        return {world: launch(__file__, world, "checks", folder) for world in (2, 4)}
 
 
 @pytest.mark.parametrize(("name", "world"), [(name, world) for name, row in CHECKS.items() for world in row[1]])
-def test_ranks_agree(name: str, world: int, ended: dict[int, list[tuple[int, str, str]]]) -> None:
-    for rank, (_, done, errors) in enumerate(ended[world]):
-        assert name in done.split(), f"rank {rank}\n{errors}"
+def test_ranks_agree(name: str, world: int, ended: dict[int, list[Ended]]) -> None:
+    passed(name, ended[world])
 
 
-def test_ranks_end_well(ended: dict[int, list[tuple[int, str, str]]]) -> None:
+def test_ranks_end_well(ended: dict[int, list[Ended]]) -> None:
     assert [code for ranks in ended.values() for code, *_ in ranks] == [0] * 6
 
 
@@ -315,7 +302,7 @@ def test_ranks_end_well(ended: dict[int, list[tuple[int, str, str]]]) -> None:
 def test_a_lost_rank_ends_the_others(what: str, words: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        (code, _, error), lost = launch(2, what, folder)
+        (code, _, error), lost = launch(__file__, 2, what, folder)
     assert lost[0] == 7
     assert code == 1, error
     assert re.search(words, error), error

@@ -67,7 +67,10 @@ def test_log_probs_and_gradients_are_those_of_separate_rows(name: str, attention
     truth = separate(model)
     assert truth.std() > 1  # not all the same number
     out = packed(model, p)
-    torch.testing.assert_close(out.logps, truth, rtol=0, atol=1e-11)
+    # Llama's eager softmax is float32 whatever the model's dtype, and sums the zeros of other completions in another
+    # order, which one depends on the processor: with AVX2 the log-probs differ by 5e-7.
+    rounding = 1e-5 if (name, attention) == ("llama", "eager") else 1e-11
+    torch.testing.assert_close(out.logps, truth, rtol=0, atol=rounding)
     assert out.lengths.tolist() == [3, 1, 4, 2, 3, 0, 2]
     coefficients = torch.linspace(-1, 2, len(truth), dtype=torch.float64)
     wanted = torch.autograd.grad((truth * coefficients).sum(), list(model.parameters()))
@@ -136,6 +139,27 @@ def test_no_groups_are_no_rows() -> None:
     assert (p.input_ids.numel(), p.targets.shape, p.cu_seqlens.tolist()) == (0, (0,), [0])
 
 
+def test_packing_heeds_no_default_of_torch() -> None:
+    wanted = pack_prompts(PROMPTS, COMPLETIONS, max_length=14)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    try:
+        p = pack_prompts(PROMPTS, COMPLETIONS, max_length=14)
+        mask = p.mask()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    for name, x in vars(wanted).items():
+        assert not isinstance(x, torch.Tensor) or torch.equal(getattr(p, name), x), name
+    assert torch.equal(mask, wanted.mask())
+
+
+def test_a_tensor_of_prompts_is_a_list_of_them() -> None:
+    p = pack_prompts(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[[5, 6]], [[7, 8]]]))
+    assert torch.equal(p.input_ids, pack_prompts([[1, 2], [3, 4]], [[[5, 6]], [[7, 8]]]).input_ids)
+
+
 @pytest.mark.parametrize(
     ("prompts", "completions", "settings", "error", "message"),
     [
@@ -145,6 +169,23 @@ def test_no_groups_are_no_rows() -> None:
         ([[-3]], [[[1]]], {}, ValueError, r"^prompts\[0\]: wanted an int of at least 0"),
         (["text"], [[[1]]], {}, TypeError, r"^prompts\[0\]: wanted a sequence of token ids"),
         ([[1, 2]], [[[1, 2, 3]]], {"max_length": 3}, ValueError, "^max_length: wanted at least 4"),
+        ([[1, 2]], [[[1]]], {"max_length": "3"}, TypeError, "^max_length: wanted an int"),
+        ([[1]], [[[1, 2]]], {"pad_id": None}, TypeError, "^pad_id: wanted an int, got NoneType"),
+        ([[1]], [[[1, 2]]], {"pad_id": 1.5}, TypeError, "^pad_id: wanted an int, got float"),
+        ([[1]], [[[1, 2]]], {"pad_id": True}, TypeError, "^pad_id: wanted an int, got bool"),
+        ([[1]], [[[1, 2]]], {"pad_id": -1}, ValueError, "^pad_id: wanted an int of at least 0, got -1"),
+        ([[1]], [[[1, 2]]], {"pad_id": 2**63}, ValueError, "^pad_id: wanted "),
+        ([[2**63]], [[[1]]], {}, ValueError, r"^prompts\[0\]: wanted "),
+        (None, [], {}, TypeError, "^prompts: wanted a list of prompts, got NoneType"),
+        ("ab", [[[1]], [[1]]], {}, TypeError, "^prompts: wanted a list of prompts, got str"),
+        (torch.tensor([1]), [[[1]]], {}, ValueError, "^prompts: wanted a list of prompts, got a tensor"),
+        ([[1]], None, {}, TypeError, "^completions: wanted a list of lists"),
+        ([[1]], [None], {}, TypeError, r"^completions\[0\]: wanted a list of completions"),
+        ([[1]], [[1, 2]], {}, TypeError, r"^completions\[0\]: wanted a sequence of token ids"),
+        ([b"ab"], [[[1]]], {}, TypeError, r"^prompts\[0\]: wanted a sequence of token ids"),
+        ([torch.ones(2)], [[[1]]], {}, TypeError, r"^prompts\[0\]: wanted uint8 or .*float32"),
+        ([torch.ones(2, 2, dtype=torch.int64)], [[[1]]], {}, ValueError, r"^prompts\[0\]: wanted 1 dim"),
+        ([torch.ones(2, dtype=torch.int64, device="meta")], [[[1]]], {}, ValueError, r"^prompts\[0\]: wanted values"),
     ],
 )
 def test_bad_input(prompts: Any, completions: Any, settings: Any, error: type[Exception], message: str) -> None:

@@ -100,25 +100,25 @@ def _launchers() -> dict[str, Call]:
 
     z, targets = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16), torch.zeros(ROWS, dtype=torch.int64)
     h, w = torch.zeros(ROWS, 64, dtype=z.dtype), torch.zeros(COLUMNS, 64, dtype=z.dtype)
-    lse, kept = torch.zeros(ROWS), torch.zeros(COLUMNS)
+    row, lse, kept = torch.zeros(ROWS), torch.zeros(ROWS, 2), torch.zeros(COLUMNS)
     stats = (torch.zeros(ROWS), torch.zeros(ROWS), None, None, torch.zeros(ROWS))
     columns = torch.zeros(math.ceil(ROWS / tiles.COLUMN_ROWS), COLUMNS)
     calls: dict[str, Call] = {
-        "tile_bwd": lambda: grad.tile_bwd(z, None, None, lse, lse, None, None, kept, targets, 1.0, None),
+        "tile_bwd": lambda: grad.tile_bwd(z, None, None, lse, row, None, None, kept, targets, 1.0, None),
         "fused": lambda: fused.fused_fwd(h, w, None, None, targets, stats, None, None, 1.0, None),
     }
     if hasattr(tiles, "tile_fwd"):
-        calls["rows"] = lambda: tiles.tile_fwd(z, None, None, targets, stats, lse, None, 0, 1.0, None)
+        calls["rows"] = lambda: tiles.tile_fwd(z, None, None, targets, stats, row, None, 0, 1.0, None)
         # Not of the first tile, which takes two passes; nothing runs here, so columns need not be wider.
         calls["rows and columns"] = lambda: tiles.tile_fwd(
-            z, None, None, targets, stats, lse, columns, COLUMNS, 1.0, None
+            z, None, None, targets, stats, row, columns, COLUMNS, 1.0, None
         )
     else:
         calls["rows"] = lambda: tiles.rows_fwd(z, None, None, targets, stats, 0, 1.0, None)
 
         def both() -> None:
             tiles.rows_fwd(z, None, None, targets, stats, 0, 1.0, None)
-            tiles.columns_fwd(z, None, None, stats, lse, columns, 0, 1.0, None)
+            tiles.columns_fwd(z, None, None, stats, row, columns, 0, 1.0, None)
 
         calls["rows and columns"] = both
     return calls

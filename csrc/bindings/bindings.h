@@ -2,8 +2,11 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 
 namespace qempo {
 
@@ -15,10 +18,22 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Of an argument that Python may leave out: None, never 0, which is the address of a tensor without entries.
+using Maybe = std::optional<Address>;
+
+// null where it is left out, and there alone.
+template <class T>
+T* at(Maybe address) {
+  static std::max_align_t nothing;
+  if (!address) return nullptr;
+  return *address ? at<T>(*address) : reinterpret_cast<T*>(&nothing);
+}
+
 // Of functions that run long enough to let other Python threads work.
 using release = py::call_guard<py::gil_scoped_release>;
 
 // Each adds the functions of its op to the module, from the file of its name.
+void bind_door(py::module_& m);
 namespace cpu {
 void bind_dpp(py::module_& m);
 void bind_logps(py::module_& m);

@@ -1,17 +1,13 @@
 // The CPU's part of the DPP op: qempo/dpp.h to Python.
 #include "qempo/dpp.h"
 
-#include <pybind11/stl.h>
-
-#include <vector>
-
 #include "bindings.h"
 
 namespace qempo::cpu {
 namespace {
 
-DppGroups groups_of(Address x, int64_t d, int64_t groups, int64_t k, Address offsets, Address matrices,
-                    Address log_quality, double ridge, bool normalize) {
+DppGroups groups_of(Address x, int64_t d, int64_t groups, int64_t k, Maybe offsets, Maybe matrices, Maybe log_quality,
+                    double ridge, bool normalize) {
   return {at<const void>(x),
           d,
           groups,
@@ -23,26 +19,31 @@ DppGroups groups_of(Address x, int64_t d, int64_t groups, int64_t k, Address off
           normalize};
 }
 
-void dpp_fwd(int dtype, Address x, int64_t d, int64_t groups, int64_t k, Address offsets, Address matrices,
-             Address log_quality, double ridge, bool normalize, std::vector<Address> out, int threads) {
+void dpp_fwd(int dtype, Address x, int64_t d, int64_t groups, int64_t k, Maybe offsets, Maybe matrices,
+             Maybe log_quality, double ridge, bool normalize, Address logdet, Address gains, Address baselines,
+             Address inverse, Address lengths, int threads) {
   const DppGroups of = groups_of(x, d, groups, k, offsets, matrices, log_quality, ridge, normalize);
-  const DppResults results{at<double>(out.at(0)), at<double>(out.at(1)), at<double>(out.at(2)), at<double>(out.at(3)),
-                           at<double>(out.at(4))};
+  const DppResults results{at<double>(logdet), at<double>(gains), at<double>(baselines), at<double>(inverse),
+                           at<double>(lengths)};
   dpp_kernels().forward.with(dtype, [&](auto, auto kernel) { kernel(of, results, threads); });
 }
 
-void dpp_bwd(int dtype, Address x, int64_t d, int64_t groups, int64_t k, Address offsets, Address matrices,
-             Address log_quality, double ridge, bool normalize, std::vector<Address> in, Address grad_x,
-             Address grad_log_quality, int threads) {
+void dpp_bwd(int dtype, Address x, int64_t d, int64_t groups, int64_t k, Maybe offsets, Maybe matrices,
+             Maybe log_quality, double ridge, bool normalize, Address grad_logdet, Address grad_gains, Address inverse,
+             Address lengths, Address grad_x, Address grad_log_quality, int threads) {
   const DppGroups of = groups_of(x, d, groups, k, offsets, matrices, log_quality, ridge, normalize);
-  const DppGrads grads{at<const double>(in.at(0)), at<const double>(in.at(1)), at<const double>(in.at(2)),
-                       at<const double>(in.at(3)), at<void>(grad_x),           at<double>(grad_log_quality)};
+  const DppGrads grads{at<const double>(grad_logdet),
+                       at<const double>(grad_gains),
+                       at<const double>(inverse),
+                       at<const double>(lengths),
+                       at<void>(grad_x),
+                       at<double>(grad_log_quality)};
   dpp_kernels().backward.with(dtype, [&](auto, auto kernel) { kernel(of, grads, threads); });
 }
 
-void dpp_select(int dtype, Address x, int64_t d, int64_t groups, int64_t k, Address offsets, Address log_quality,
+void dpp_select(int dtype, Address x, int64_t d, int64_t groups, int64_t k, Maybe offsets, Maybe log_quality,
                 double ridge, int64_t n, Address picks, int threads) {
-  const DppGroups of = groups_of(x, d, groups, k, offsets, 0, log_quality, ridge, true);
+  const DppGroups of = groups_of(x, d, groups, k, offsets, std::nullopt, log_quality, ridge, true);
   dpp_kernels().select.with(dtype, [&](auto, auto kernel) { kernel(of, n, at<int64_t>(picks), threads); });
 }
 

@@ -10,7 +10,7 @@ namespace qempo::cuda {
 namespace {
 
 // x, log_quality, its dtype, offsets, groups, rows, width, k, ridge, normalize
-using In = std::tuple<Address, Address, int, Address, int64_t, int64_t, int64_t, int, double, bool>;
+using In = std::tuple<Address, Maybe, int, Maybe, int64_t, int64_t, int64_t, int, double, bool>;
 
 DppGroups groups_of(const In& in) {
   const auto& [x, log_quality, quality, offsets, groups, rows, width, k, ridge, normalize] = in;
@@ -37,7 +37,7 @@ std::string forward(int dtype, const In& in, Address kept, const std::tuple<Addr
   return said(dpp_fwd(static_cast<DppDtype>(dtype), call, at<void>(stream)));
 }
 
-std::string backward(int dtype, const In& in, Address kept, const std::tuple<Address, Address, Address, Address>& grads,
+std::string backward(int dtype, const In& in, Address kept, const std::tuple<Maybe, Maybe, Address, Maybe>& grads,
                      Address stream) {
   const auto& [logdet, gains, x, log_quality] = grads;
   const DppGroups groups = groups_of(in);

@@ -1,10 +1,7 @@
 // The log-probs' part of the Python module.
 #include "qempo/logps.h"
 
-#include <pybind11/stl.h>
-
 #include <utility>
-#include <vector>
 
 #include "bindings.h"
 
@@ -12,27 +9,26 @@ namespace qempo::cpu {
 namespace {
 
 template <class A>
-Head<A> head_of(Address bias, Address inv_temperature, double scale, double softcap) {
+Head<A> head_of(Maybe bias, Maybe inv_temperature, double scale, double softcap) {
   return {at<const A>(bias), at<const A>(inv_temperature), static_cast<A>(scale), static_cast<A>(softcap)};
 }
 
-void logps_fwd(int dtype, Address z, int64_t ld, int64_t n, int64_t c, int64_t v0, Address bias,
-               Address inv_temperature, double scale, double softcap, Address targets, std::vector<Address> stats,
-               Address columns, int64_t vocabulary, int threads) {
+void logps_fwd(int dtype, Address z, int64_t ld, int64_t n, int64_t c, int64_t v0, Maybe bias, Maybe inv_temperature,
+               double scale, double softcap, Address targets, Address max, Address sum, Maybe sum_z, Maybe sum_sq,
+               Address target, Maybe floor, Maybe columns, int64_t vocabulary, int threads) {
   const Tile tile{at<void>(z), ld, n, c, v0};
   auto run = [&](auto as, auto kernel) {
     using A = decltype(as);
-    const RowStats<A> rows{at<A>(stats.at(0)), at<A>(stats.at(1)), at<A>(stats.at(2)),
-                           at<A>(stats.at(3)), at<A>(stats.at(4)), at<const A>(stats.at(5))};
+    const RowStats<A> rows{at<A>(max), at<A>(sum), at<A>(sum_z), at<A>(sum_sq), at<A>(target), at<const A>(floor)};
     kernel(tile, head_of<A>(bias, inv_temperature, scale, softcap), at<const int64_t>(targets), rows, at<A>(columns),
            vocabulary, threads);
   };
   logps_kernels().forward.with(dtype, run);
 }
 
-void logps_bwd(int dtype, Address z, int64_t ld, int64_t n, int64_t c, Address bias, Address inv_temperature,
-               double scale, double softcap, Address lse, Address grad, Address grad_h, Address entropy,
-               Address inverse, Address target, Address row_sum, int threads) {
+void logps_bwd(int dtype, Address z, int64_t ld, int64_t n, int64_t c, Maybe bias, Maybe inv_temperature, double scale,
+               double softcap, Address lse, Address grad, Maybe grad_h, Maybe entropy, Maybe inverse, Address target,
+               Maybe row_sum, int threads) {
   const Tile tile{at<void>(z), ld, n, c, 0};
   auto run = [&](auto as, auto kernel) {
     using A = decltype(as);

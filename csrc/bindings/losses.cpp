@@ -9,6 +9,7 @@ namespace {
 template <class A>
 struct Reader {
   const A* in(Address address) const { return at<const A>(address); }
+  const A* in(Maybe address) const { return at<const A>(address); }
   A* out(Address address) const { return at<A>(address); }
 };
 
@@ -23,12 +24,12 @@ const LossKernels<A>& kernels(Reader<A>) {
   return loss_kernels<A>();
 }
 
-// offsets 0: groups of one size.
-Segments segments(Address offsets, bool wide, int64_t count, int64_t size) {
+// No offsets: groups of one size.
+Segments segments(Maybe offsets, bool wide, int64_t count, int64_t size) {
   return {at<const void>(offsets), wide, count, size};
 }
 
-bool pair_loss(bool f64, int64_t rows, Address w, Address l, Address fw, Address fl, double alpha, double beta,
+bool pair_loss(bool f64, int64_t rows, Address w, Address l, Maybe fw, Maybe fl, double alpha, double beta,
                double smoothing, int reduction, Address value, Address coef_w, Address coef_l, int threads) {
   return typed(f64, [&](auto as) {
     return kernels(as).pair_loss({rows, as.in(w), as.in(l), as.in(fw), as.in(fl), alpha, beta, smoothing,
@@ -58,8 +59,8 @@ bool epa_loss(bool f64, int64_t rows, int64_t strong_count, int64_t weak_count, 
   });
 }
 
-bool group_loss(bool f64, bool variance, int64_t samples, Address offsets, bool wide, int64_t count, int64_t size,
-                int64_t at_least, Address logps, Address ref, Address rewards, Address bonus, double alpha, double beta,
+bool group_loss(bool f64, bool variance, int64_t samples, Maybe offsets, bool wide, int64_t count, int64_t size,
+                int64_t at_least, Address logps, Maybe ref, Address rewards, Maybe bonus, double alpha, double beta,
                 int baseline, Address value, Address coef, int threads) {
   return typed(f64, [&](auto as) {
     const auto& table = kernels(as);
@@ -70,7 +71,7 @@ bool group_loss(bool f64, bool variance, int64_t samples, Address offsets, bool 
   });
 }
 
-bool rspo_loss(bool f64, int64_t samples, Address offsets, bool wide, int64_t count, int64_t size, int64_t k,
+bool rspo_loss(bool f64, int64_t samples, Maybe offsets, bool wide, int64_t count, int64_t size, int64_t k,
                Address logps, Address rewards, Address value, Address coef, int threads) {
   return typed(f64, [&](auto as) {
     return kernels(as).rspo_loss(
@@ -79,8 +80,8 @@ bool rspo_loss(bool f64, int64_t samples, Address offsets, bool wide, int64_t co
   });
 }
 
-bool group_advantages(bool f64, int64_t samples, Address offsets, bool wide, int64_t count, int64_t size,
-                      Address rewards, int scale, double epsilon, int baseline, Address out, int threads) {
+bool group_advantages(bool f64, int64_t samples, Maybe offsets, bool wide, int64_t count, int64_t size, Address rewards,
+                      int scale, double epsilon, int baseline, Address out, int threads) {
   return typed(f64, [&](auto as) {
     return kernels(as).group_advantages(
         {segments(offsets, wide, count, size), samples, as.in(rewards), static_cast<Scale>(scale), epsilon,
@@ -89,8 +90,8 @@ bool group_advantages(bool f64, int64_t samples, Address offsets, bool wide, int
   });
 }
 
-bool token_loss(bool f64, int64_t count, Address offsets, bool wide, int64_t sequences, Address logps, Address old,
-                Address ref, Address advantages, double kl, double eps_low, double eps_high, bool sequence_ratio,
+bool token_loss(bool f64, int64_t count, Maybe offsets, bool wide, int64_t sequences, Address logps, Address old,
+                Maybe ref, Address advantages, double kl, double eps_low, double eps_high, bool sequence_ratio,
                 int normalize, double limit, int surrogate, Address value, Address coef, int threads) {
   return typed(f64, [&](auto as) {
     return kernels(as).token_loss(

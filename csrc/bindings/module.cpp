@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &use_isa_named);
   m.def("vendor", [] { return std::string(vendor()); });
   m.def("thread_runtime", [] { return std::string(thread_runtime()); });
+  qempo::bind_door(m);
   bind_logps(m);
   bind_dpp(m);
   bind_losses(m);

@@ -74,7 +74,10 @@ void row_sums(const A* x, int64_t c, A m, A& sum, A& sum_z, A& sum_sq) {
 template <class A>
 void add_row(const A* x, int64_t c, const RowStats<A>& stats, int64_t i) {
   const A before = stats.max[i], m = std::max(before, row_max(x, c));
-  if (m == -std::numeric_limits<A>::infinity()) return;  // every logit so far is -inf
+  if (m == -std::numeric_limits<A>::infinity()) {  // every logit so far is -inf, or NaN
+    if (std::any_of(x, x + c, [](A z) { return z != z; })) stats.sum[i] = std::numeric_limits<A>::quiet_NaN();
+    return;
+  }
   A sum, sum_z, sum_sq;
   if (stats.sum_z && stats.sum_sq)
     row_sums<true, true>(x, c, m, sum, sum_z, sum_sq);
@@ -105,11 +108,16 @@ void forward(const Tile& tile, const Head<A>& head, const int64_t* targets, cons
       const int64_t t = targets[i] - tile.v0;
       if (t >= 0 && t < tile.c) stats.target[i] = x[t];
       if (!best) continue;
-      A bound = stats.max[i] + std::log(stats.sum[i]);
-      if (stats.floor_ && stats.floor_[i] > bound) bound = stats.floor_[i];
+      A top = stats.max[i], log_sum = std::log(stats.sum[i]);
+      if (log_sum != log_sum) {
+        // Stays: nothing is above it. The row's gradient is NaN in all columns.
+        std::fill(best, best + tile.c, log_sum);
+        continue;
+      }
+      if (stats.floor_ && stats.floor_[i] - top > log_sum) top = stats.floor_[i], log_sum = 0;
 #pragma omp simd
       for (int64_t j = 0; j < tile.c; ++j) {
-        const A u = x[j] - bound;
+        const A u = (x[j] - top) - log_sum;
         best[j] = u > best[j] ? u : best[j];
       }
     }
@@ -120,17 +128,18 @@ void forward(const Tile& tile, const Head<A>& head, const int64_t* targets, cons
 // d raw of one row without its target entry; chain is d z / d raw for the uncapped part.
 template <bool kEntropy, class S, class A>
 void row_grad(S* row, const A* x, int64_t c, const RowGrads<A>& grads, int64_t i, A chain) {
-  const A lse = grads.lse[i], g = -grads.grad[i] * chain;
-  const A gh = kEntropy ? grads.grad_h[i] * chain : A(0), h = kEntropy ? grads.entropy[i] : A(0);
+  const A top = grads.lse[2 * i], log_sum = grads.lse[2 * i + 1], k = std::exp(-log_sum) * chain;
+  const A g = -grads.grad[i] * k;
   if constexpr (kEntropy) {
+    const A gh = grads.grad_h[i] * k, shift = grads.entropy[i] - log_sum;
 #pragma omp simd
     for (int64_t j = 0; j < c; ++j) {
-      const A lp = x[j] - lse;
-      store(row + j, exp_(lp) * (g - gh * ((lp < A(-1e4) ? A(0) : lp) + h)));
+      const A d = x[j] - top;
+      store(row + j, exp_(d) * (g - gh * ((d < A(-1e4) ? A(0) : d) + shift)));
     }
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < c; ++j) store(row + j, exp_(x[j] - lse) * g);
+    for (int64_t j = 0; j < c; ++j) store(row + j, exp_(x[j] - top) * g);
   }
 }
 
@@ -153,7 +162,7 @@ void backward(const Tile& tile, const Head<A>& head, const RowGrads<A>& grads, i
       const bool here = t >= 0 && t < tile.c;
       A target = 0, zt = 0;
       if (here) {
-        const A lp = x[t] - grads.lse[i];
+        const A lp = (x[t] - grads.lse[2 * i]) - grads.lse[2 * i + 1];
         zt = x[t];
         target = -grads.grad[i] * std::expm1(lp);
         if (grads.grad_h && lp > A(-1e4)) target -= grads.grad_h[i] * std::exp(lp) * (lp + grads.entropy[i]);

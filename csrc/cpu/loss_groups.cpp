@@ -48,6 +48,15 @@ void centre_groups(const Segments& groups, int64_t begin, int64_t end, Baseline 
   for (int64_t g = begin; g < end; ++g) centre(groups.length(g), baseline, x + groups.first(g) - start);
 }
 
+// Standard deviation, with n - 1, of n numbers whose mean is 0 and whose squares overflow, as those of 1e154 do: as
+// infinity it made every advantage 0.
+double deviation_of_large(int64_t n, const double* x) {
+  double squares = 0, top = 0;
+  for (int64_t i = 0; i < n; ++i) top = std::max(top, std::abs(x[i]));
+  for (int64_t i = 0; i < n; ++i) squares += (x[i] / top) * (x[i] / top);
+  return top * std::sqrt(squares / static_cast<double>(n - 1));
+}
+
 template <class A>
 bool valid(const Groups<A>& in) {
   return in.groups.cover(in.samples, in.at_least) && finite(in.samples, in.rewards);
@@ -132,10 +141,12 @@ Status group_advantages(const Advantages<A>& in, int threads) {
                   double squares = 0;
 #pragma omp simd reduction(+ : squares)
                   for (int64_t i = 0; i < k; ++i) squares += of[i] * of[i];
+                  double deviation = std::sqrt(squares / (size - 1));
+                  if (deviation > std::numeric_limits<double>::max()) deviation = deviation_of_large(k, of);
                   double scale = in.baseline == Baseline::loo ? size / (size - 1) : 1.0;
                   switch (in.scale) {
                     case Scale::none: break;
-                    case Scale::std: scale /= std::sqrt(squares / (size - 1)) + in.epsilon;
+                    case Scale::std: scale /= deviation + in.epsilon;
                   }
                   for (int64_t i = 0; i < k; ++i) in.out[start + i] = static_cast<A>(of[i] * scale);
                 }

@@ -17,11 +17,13 @@ constexpr int64_t kThreadPays = 32768;
 constexpr int64_t kBlock = 512;
 
 // exp(x) of a double in A: float's polynomial, but the argument keeps the digits that float cuts off. Above A's range
-// infinity.
+// infinity; float's from e^88.38 on, 0.7 of its largest number.
 inline double exp_as(double x, double) { return x > 709.0 ? std::numeric_limits<double>::infinity() : exp_(x); }
 inline float exp_as(double x, float) {
   const float high = static_cast<float>(x);
-  const float low = high - high == 0.f ? static_cast<float>(x - static_cast<double>(high)) : 0.f;
+  // Beyond, the result is 0 or infinity. From 2^24 on what float cuts off may be -1 and less, and infinity times 1 +
+  // low NaN or below 0: a mask fill of -1e9 in old log-probs.
+  const float low = high > -128.f && high < 128.f ? static_cast<float>(x - static_cast<double>(high)) : 0.f;
   return exp_(high) * (1.f + low);
 }
 
@@ -66,8 +68,9 @@ void log_sigmoids(int64_t n, double smoothing, double* h, double* slope) {
   for (int64_t i = 0; i < n; ++i) {
     const double x = h[i], size = x < 0 ? -x : x;
     const A e = exp_as(-size, A(0));
-    // -log s(-h) = h - log s(h). An infinite margin times no smoothing would be NaN.
-    h[i] = (x < 0 ? size : 0.0) + static_cast<double>(log1p_as(e)) + (smoothing > 0 ? smoothing * x : 0.0);
+    // -log s(-h) = h - log s(h). One term for each sign: infinity less a share of it is NaN, and so is 0 times it.
+    const double wrong = smoothing > 0 ? smoothing * size : 0.0;
+    h[i] = (x < 0 ? (1.0 - smoothing) * size : wrong) + static_cast<double>(log1p_as(e));
     slope[i] = smoothing - static_cast<double>((x < 0 ? A(1) : e) / (A(1) + e));
   }
 }
@@ -125,7 +128,7 @@ double over_groups(int threads, const Segments& groups, int64_t samples, int64_t
   });
 }
 
-// -sum_i weight_i l_i, and its coefficients times scale.
+// -sum_i weight_i l_i, and its coefficients times scale. No weight times an infinite log-prob is 0.
 template <class A>
 double weighted(int64_t n, const double* weight, const A* logps, double scale, A* coef) {
   double total = 0;
@@ -133,6 +136,13 @@ double weighted(int64_t n, const double* weight, const A* logps, double scale, A
   for (int64_t i = 0; i < n; ++i) {
     total -= weight[i] * static_cast<double>(logps[i]);
     coef[i] = static_cast<A>(-scale * weight[i]);
+  }
+  if (total == total) return total;
+  // Once more, slower: in the loop above the comparison took a third of the time of a small loss's arithmetic.
+  total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double l = static_cast<double>(logps[i]);
+    total -= weight[i] == 0.0 && l == l ? 0.0 : weight[i] * l;
   }
   return total;
 }

@@ -10,7 +10,7 @@ Status pair_loss(const Pairs<A>& in, int threads) {
     double slope[kBlock];
     const A *w = in.chosen + begin, *l = in.rejected + begin;
     for (int64_t i = 0; i < n; ++i) h[i] = in.alpha * (static_cast<double>(w[i]) - static_cast<double>(l[i]));
-    if (in.ref_chosen) {
+    if (in.ref_chosen && in.beta != 0) {
       const A *fw = in.ref_chosen + begin, *fl = in.ref_rejected + begin;
       for (int64_t i = 0; i < n; ++i) h[i] -= in.beta * (static_cast<double>(fw[i]) - static_cast<double>(fl[i]));
     }

@@ -4,8 +4,23 @@
 namespace qempo::cpu::QEMPO_ISA {
 namespace {
 
-// e^d - d - 1 without cancellation: its Taylor series below 1/2, next term 7e-17 of it, or 2e-9 for float.
-inline double k3(double d, double) {
+// The k3 estimate of a KL, e^d - d - 1, and its slope by d, e^d - 1.
+template <class A>
+struct K3 {
+  A loss, slope;
+};
+
+// near is d^2 times the Taylor series of (e^d - d - 1) / d^2, for below 1/2, where the formulae as written cancel. The
+// slope is formed from e^d and never from the loss, whose d is all that is left of it beyond 2^24.
+template <class A>
+inline K3<A> k3_of(A d, A e, A near) {
+  const bool small = d > A(-0.5) && d < A(0.5);
+  // At infinity, infinity less infinity; e is infinite long before.
+  const A less = d < A(1e4) ? d : A(1e4);
+  return {small ? near : e - less - A(1), small ? near + d : e - A(1)};
+}
+// Next term 7e-17 of the series, or 2e-9 for float.
+inline K3<double> k3(double d, double) {
   double p = 1.0 / 355687428096000;
   p = p * d + 1.0 / 20922789888000;
   p = p * d + 1.0 / 1307674368000;
@@ -22,10 +37,9 @@ inline double k3(double d, double) {
   p = p * d + 1.0 / 24;
   p = p * d + 1.0 / 6;
   p = p * d + 0.5;
-  const double large = exp_as(d, 0.0) - d - 1.0;
-  return d > -0.5 && d < 0.5 ? d * d * p : large;
+  return k3_of(d, exp_as(d, 0.0), d * d * p);
 }
-inline float k3(double x, float) {
+inline K3<float> k3(double x, float) {
   const float d = static_cast<float>(x);
   float p = 1.f / 3628800;
   p = p * d + 1.f / 362880;
@@ -36,8 +50,7 @@ inline float k3(double x, float) {
   p = p * d + 1.f / 24;
   p = p * d + 1.f / 6;
   p = p * d + 0.5f;
-  const float large = exp_as(x, 0.f) - d - 1.f;
-  return d > -0.5f && d < 0.5f ? d * d * p : large;
+  return k3_of(d, exp_as(x, 0.f), d * d * p);
 }
 
 // A surrogate is the loss of one ratio, given with its logarithm, and the slope, its derivative by that logarithm.
@@ -48,7 +61,10 @@ struct Clip {
   static constexpr A kInfinity = std::numeric_limits<A>::infinity();
   A low, high;
 
-  explicit Clip(const Tokens<A>& in) : low(static_cast<A>(1 - in.eps_low)), high(static_cast<A>(1 + in.eps_high)) {}
+  // An infinite bound would leave an infinite ratio to an advantage of 0.
+  explicit Clip(const Tokens<A>& in)
+      : low(static_cast<A>(1 - in.eps_low)),
+        high(static_cast<A>(std::min(1 + in.eps_high, static_cast<double>(std::numeric_limits<A>::max())))) {}
   A upper(A advantage) const { return advantage >= A(0) ? high : kInfinity; }
   A lower(A advantage) const { return advantage <= A(0) ? low : -kInfinity; }
   A loss(A, A ratio, A advantage) const {
@@ -156,13 +172,16 @@ Status loss_by(const Tokens<A>& in, int threads) {
       }
     }
     if (in.ref && in.kl > 0) {
-      const A *ref = in.ref + begin, kl = static_cast<A>(in.kl);
+      const A* ref = in.ref + begin;
+      // Within A's numbers: rounded to 0 or to infinity, it would make NaN of an infinite penalty or of none.
+      const A kl = static_cast<A>(
+          std::clamp<double>(in.kl, std::numeric_limits<A>::denorm_min(), std::numeric_limits<A>::max()));
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
         const double d = static_cast<double>(ref[i]) - static_cast<double>(logps[i]);
-        const A penalty = k3(d, A(0));
-        of.loss[i] += kl * penalty;
-        of.slope[i] -= kl * (penalty + static_cast<A>(d));
+        const K3<A> penalty = k3(d, A(0));
+        of.loss[i] += kl * penalty.loss;
+        of.slope[i] -= kl * penalty.slope;
       }
     }
     double sum = 0;

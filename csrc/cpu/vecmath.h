@@ -51,7 +51,7 @@ inline float exp_(float x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.f;
-  const float scale = bits_as<float>((bits_as<int32_t>(t) + 127) << 23);
+  const float scale = bits_as<float>((bits_as<uint32_t>(t) + 127u) << 23);
   return x < -87.3f ? 0.f : p * scale;
 }
 
@@ -74,7 +74,7 @@ inline double exp_(double x) {
   p = p * f + 1.6666666666666666e-01;
   p = p * f + 0.5;
   p = p * (f * f) + f + 1.0;
-  const double scale = bits_as<double>((bits_as<int64_t>(t) + 1023) << 52);
+  const double scale = bits_as<double>((bits_as<uint64_t>(t) + 1023u) << 52);
   return x < -708.0 ? 0.0 : p * scale;
 }
 

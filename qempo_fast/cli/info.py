@@ -48,7 +48,10 @@ def _native() -> Iterator[tuple[str, str]]:
     except ImportError as error:
         yield "native code", f"not loaded: {error}"
         return
-    yield "native code", f"instruction set {_C.isa()} of {', '.join(_C.isas())}"
+    try:
+        yield "native code", f"instruction set {_C.isa()} of {', '.join(_C.isas())}"
+    except ValueError as error:  # of QEMPO_CPU_ISA
+        yield "native code", f"refused: {error}"
     yield "processor", f"{_C.vendor() or platform.machine()}, {os.cpu_count()} cores seen"
     yield "threads", f"{torch.get_num_threads()} (torch.get_num_threads), run by {_C.thread_runtime()}"
 

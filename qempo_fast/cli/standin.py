@@ -109,7 +109,7 @@ def _first_quarter(select: Callable[..., Any]) -> Callable[..., Any]:
     def select_columns(*args: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         index, inverse, counts = select(*args, **more)
         vocabulary = index.shape[-1]
-        index.copy_(torch.arange(vocabulary))
+        index.copy_(torch.arange(vocabulary, dtype=torch.int64, device="cpu"))
         inverse.fill_(1.0)
         counts.fill_(-(-vocabulary // 4))
         return index, inverse, counts

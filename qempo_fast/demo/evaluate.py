@@ -51,7 +51,7 @@ def evaluate(
         lengths.append(scores.lengths)
         distinct.append(len({a.city for a in batch if a.city}))
     lp, n = torch.cat(logps), len(answers)
-    right = torch.tensor([a.city is not None for a in answers])
+    right = torch.tensor([a.city is not None for a in answers], dtype=torch.bool, device="cpu")
     names = Counter(a.city for a in answers if a.city)
     return Evaluation(
         quality=float(right.double().mean()),
@@ -70,5 +70,5 @@ def evaluate(
 def pass_at(answers: list[Answer], targets: dict[str, str]) -> dict[int, float]:
     """Chance that n answers hold a city in the one country a traveller has in mind, mean over the target countries."""
     by_country = Counter(a.city.country for a in answers if a.city)
-    hits = torch.tensor([by_country[code] for code in targets])
+    hits = torch.tensor([by_country[code] for code in targets], dtype=torch.int64, device="cpu")
     return {n: float(qf.metrics.pass_at_k(len(answers), hits, n).mean()) for n in PASS_AT if n <= len(answers)}

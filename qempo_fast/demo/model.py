@@ -101,7 +101,7 @@ class SplitModel:
     ) -> None:
         model.requires_grad_(False).eval()
         self.head: torch.Tensor = model.lm_head.weight
-        self._stop, self._max_tokens = torch.tensor(stop), max_tokens
+        self._stop, self._max_tokens = torch.tensor(stop, dtype=torch.int64, device="cpu"), max_tokens
         self._trunk, cut = model.model, len(model.model.layers) - trained_layers
         # The top layers become a Llama of their own, which is fed hidden states and so needs no vocabulary.
         config = copy.deepcopy(model.config)
@@ -112,7 +112,9 @@ class SplitModel:
         self._trunk.layers, self._trunk.norm = self._trunk.layers[:cut], nn.Identity()
         self._trunk.config.num_hidden_layers = cut
         with torch.no_grad():
-            self._prompt, self._trunk_cache = _read(self._trunk, input_ids=torch.tensor([prompt]))  # (1, P, D)
+            self._prompt, self._trunk_cache = _read(
+                self._trunk, input_ids=torch.tensor([prompt], dtype=torch.int64, device="cpu")
+            )  # (1, P, D)
 
     def new_policy(self) -> LlamaModel:
         return copy.deepcopy(self.reference).requires_grad_(True)
@@ -125,7 +127,7 @@ class SplitModel:
         caches = copy.deepcopy(self._trunk_cache), cache_top
         for cache in caches:
             cache.batch_repeat_interleave(n)
-        alive = torch.arange(n)
+        alive = torch.arange(n, dtype=torch.int64, device="cpu")
         rows, tokens, fed, trunk = [], [], [], []
         for step in range(self._max_tokens):
             token = _draw(out @ self.head.T / temperature, generator)
@@ -155,13 +157,13 @@ class SplitModel:
         """
         prompt, lengths = self._prompt.shape[1], rollout.cu_seqlens.diff()
         fed = _offsets(lengths - 1)
-        answer = torch.repeat_interleave(torch.arange(lengths.numel()), lengths - 1)
-        place = torch.arange(answer.numel()) - fed[answer]
-        owner = torch.cat([torch.full((prompt,), -1), answer])
+        answer = torch.repeat_interleave(torch.arange(lengths.numel(), dtype=torch.int64, device="cpu"), lengths - 1)
+        place = torch.arange(answer.numel(), dtype=torch.int64, device="cpu") - fed[answer]
+        owner = torch.cat([torch.full((prompt,), -1, dtype=torch.int64, device="cpu"), answer])
         mask = ((owner == owner[:, None]) | (owner == -1)).tril()
         hidden = policy(
             inputs_embeds=torch.cat([self._prompt, rollout.trunk[None]], 1),
-            position_ids=torch.cat([torch.arange(prompt), prompt + place])[None],
+            position_ids=torch.cat([torch.arange(prompt, dtype=torch.int64, device="cpu"), prompt + place])[None],
             attention_mask=mask[None, None],
             use_cache=False,
         ).last_hidden_state[0]
@@ -170,7 +172,7 @@ class SplitModel:
         first = rollout.cu_seqlens[:-1]
         source[first] = prompt - 1
         later = torch.ones_like(source, dtype=torch.bool).index_fill(0, first, False)
-        source[later] = prompt + torch.arange(answer.numel())
+        source[later] = prompt + torch.arange(answer.numel(), dtype=torch.int64, device="cpu")
         return qf.sequence_logps(hidden[source], self.head, rollout.tokens, rollout.cu_seqlens, temperature=temperature)
 
 
@@ -186,7 +188,7 @@ def _step(model: LlamaModel, cache: DynamicCache, **inputs: torch.Tensor) -> tor
 def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One token a row by inverting the cumulative distribution; torch.multinomial draws V exponentials a row for it."""
     cdf = torch.softmax(logits, -1).cumsum(-1)
-    u = torch.rand(len(logits), 1, generator=generator) * cdf[:, -1:]
+    u = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32, device="cpu") * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 

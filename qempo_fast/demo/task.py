@@ -134,7 +134,7 @@ class Task:
         for ids in rollout.answers():
             text = self._tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip()
             answers.append(Answer(text, self.cities.find(text) if ids[-1] in self._stop else None))
-        return answers, torch.tensor([float(a.city is not None) for a in answers])
+        return answers, torch.tensor([float(a.city is not None) for a in answers], dtype=torch.float32, device="cpu")
 
     def embed(self, answers: Sequence[Answer]) -> torch.Tensor:
         """(S, d) sentence embeddings; each distinct text is encoded once."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _check
+from .._door import dense
 from ..reference import dpp as _reference
 from ..reference.dpp import DppForward, Grads, Inputs
 
@@ -46,15 +47,11 @@ def for_reference(x: torch.Tensor, offsets: torch.Tensor | None) -> bool:
     return bool((offsets.diff() > LARGEST).any())
 
 
-def _solid(x: torch.Tensor) -> torch.Tensor:
-    return x if x.is_contiguous() else x.detach().contiguous()
-
-
 def _layout(x: torch.Tensor, offsets: _Optional) -> tuple[_Optional, int, int]:
     """int64 offsets of ragged groups, how many groups, k of equal ones."""
     if offsets is None:
         return None, x.shape[0], x.shape[1]
-    starts = _solid(offsets if offsets.dtype == torch.int64 else offsets.long())
+    starts: torch.Tensor = dense("offsets", offsets if offsets.dtype == torch.int64 else offsets.long())
     return starts, starts.numel() - 1, 0
 
 
@@ -91,8 +88,10 @@ def dpp_fwd(
         gains.fill_(torch.nan)
         baselines.fill_(torch.nan)
     else:
-        quality = None if log_quality is None else _solid(log_quality)
-        launch.fwd(_solid(x), quality, starts, groups, k, ridge, normalize, slab, (logdet, gains, baselines))
+        quality = dense("log_quality", log_quality)
+        launch.fwd(
+            dense("embeddings", x), quality, starts, groups, k, ridge, normalize, slab, (logdet, gains, baselines)
+        )
     return DppForward(logdet, gains, baselines, (slab,), functools.partial(dpp_bwd, launch))
 
 
@@ -102,7 +101,7 @@ def dpp_bwd(
     """As the reference's, from what the forward pass here kept."""
     (grad_logdet, grad_gains), (x, log_quality, offsets) = grads, inputs
     starts, groups, k = _layout(x, offsets)
-    embeddings = _solid(x)
+    embeddings: torch.Tensor = dense("embeddings", x)
     grad_x = torch.empty_like(embeddings)
     grad_quality = None
     if log_quality is not None:
@@ -112,7 +111,7 @@ def dpp_bwd(
         if grad_quality is not None:
             grad_quality.fill_(torch.nan)
     else:
-        incoming = (None if g is None else _solid(g) for g in (grad_logdet, grad_gains))
+        incoming = (dense("grad", g) for g in (grad_logdet, grad_gains))
         launch.bwd(embeddings, starts, groups, k, normalize, saved[0], (*incoming, grad_x, grad_quality))
     if grad_quality is None or log_quality is None:
         return grad_x, None
@@ -128,6 +127,6 @@ def dpp_select(
     starts, groups, k = _layout(x, offsets)
     picks = torch.empty((groups, n), dtype=torch.int64, device=x.device)
     if groups:
-        quality = None if log_quality is None else _solid(log_quality)
-        launch.select(_solid(x), quality, starts, groups, k, ridge, picks)
+        quality = dense("log_quality", log_quality)
+        launch.select(dense("embeddings", x), quality, starts, groups, k, ridge, picks)
     return picks

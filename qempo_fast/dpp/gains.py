@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from .. import _backends, _check
+from .._operator import scalar
 from ..reference.dpp import DppFunction, DppGains
 from . import op
 from ._inputs import check_groups
@@ -55,12 +56,13 @@ def dpp_gains(
     and the gradients are derived (docs/dpp.md).
     """
     check_groups(embeddings, log_quality, offsets, ridge)
-    if not isinstance(normalize, bool):
-        _check.bad_type("normalize", "a bool", type(normalize).__name__)
-    inputs = (embeddings, log_quality, offsets, float(ridge), normalize)
-    if torch.compiler.is_compiling():
-        return DppGains(*op.dpp_fwd(*inputs, _backends.choose("dpp", embeddings.device, backend)))
-    return DppGains(*DppFunction.apply(_backends.kernel("dpp", embeddings.device, backend), *inputs))
+    _check.boolean("normalize", normalize)
+    inputs = (embeddings, log_quality, offsets)
+    if _check.traced(embeddings):
+        name = _backends.choose("dpp", embeddings.device, backend)
+        return DppGains(*op.run(*inputs, scalar(ridge), normalize, name))
+    run = _backends.kernel("dpp", embeddings.device, backend)
+    return DppGains(*DppFunction.apply(run, *inputs, float(ridge), normalize))
 
 
 def dpp_logdet(

@@ -11,48 +11,59 @@ from typing import Any
 import torch
 
 from .. import _backends, _check
+from .._operator import differentiable, number
 from ..reference.dpp import Inputs
-from ._inputs import check_values
+from ..reference.once import once
+from ._inputs import check_groups
+
+# They read the ridge, and for ragged groups the offsets: a captured graph would keep those of its first run.
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("qempo_fast::dpp_fwd", mutates_args=())
+@torch.library.custom_op("qempo_fast::dpp_fwd", mutates_args=(), tags=_UNSAFE)
 def dpp_fwd(
     x: torch.Tensor,
     log_quality: torch.Tensor | None,
     offsets: torch.Tensor | None,
-    ridge: float,
+    ridge: torch.Tensor,
     normalize: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # Tracing cannot read values, so the checks that do are made here, where the graph runs.
-    check_values(x, log_quality, offsets)
-    result = _backends.kernel("dpp", x.device, backend)(x, log_quality, offsets, ridge, normalize)
+    settings = number("ridge", ridge), normalize
+    check_groups(x, log_quality, offsets, settings[0])
+    result = _backends.kernel("dpp", x.device, backend)(x, log_quality, offsets, *settings)
     return result.logdet, result.gains, result.baselines
 
 
 @dpp_fwd.register_fake
-def _(x: Any, log_quality: Any, offsets: Any, ridge: float, normalize: bool, backend: str) -> Any:
+def _(x: Any, log_quality: Any, offsets: Any, ridge: Any, normalize: bool, backend: str) -> Any:
     out = torch.float64 if x.dtype == torch.float64 else torch.float32
     groups = x.shape[0] if offsets is None else offsets.shape[0] - 1
     return tuple(x.new_empty(shape, dtype=out) for shape in ((groups,), x.shape[:-1], x.shape[:-1]))
 
 
-@torch.library.custom_op("qempo_fast::dpp_bwd", mutates_args=())
+@torch.library.custom_op("qempo_fast::dpp_bwd", mutates_args=(), tags=_UNSAFE)
 def dpp_bwd(
     grad_logdet: torch.Tensor | None,
     grad_gains: torch.Tensor | None,
     x: torch.Tensor,
     log_quality: torch.Tensor | None,
     offsets: torch.Tensor | None,
-    ridge: float,
+    ridge: torch.Tensor,
     normalize: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # What a kernel keeps has a shape of its own, and for ragged groups one that depends on the offsets' values, which
     # a graph cannot hold: the forward pass is made again.
-    result = _backends.kernel("dpp", x.device, backend)(x, log_quality, offsets, ridge, normalize)
+    settings = number("ridge", ridge), normalize
+    check_groups(x, log_quality, offsets, settings[0])
+    result = _backends.kernel("dpp", x.device, backend)(x, log_quality, offsets, *settings)
+    for name, grad, like in (("grad_logdet", grad_logdet, result.logdet), ("grad_gains", grad_gains, result.gains)):
+        if grad is not None:
+            _check.tensor(name, grad, dtypes=(like.dtype,), shape=like.shape, device=like.device)
     inputs = Inputs(x, log_quality, offsets)
-    grad_x, grad_quality = result.bwd((grad_logdet, grad_gains), inputs, result.saved, ridge, normalize)
+    grad_x, grad_quality = result.bwd((grad_logdet, grad_gains), inputs, result.saved, *settings)
     assert grad_x is not None
     return grad_x.contiguous(), x.new_empty(0) if grad_quality is None else grad_quality.contiguous()
 
@@ -64,8 +75,8 @@ def _(_: Any, __: Any, x: Any, log_quality: Any, *settings: Any) -> Any:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, log_quality, offsets, *ctx.settings = inputs
-    ctx.save_for_backward(x, log_quality, offsets)
+    ctx.settings = inputs[4:]
+    ctx.save_for_backward(*inputs[:4])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
@@ -73,12 +84,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad_logdet: Any, grad_gains: Any, _: Any) -> tuple[Any, ...]:
     if grad_logdet is None and grad_gains is None:
         return (None,) * 6
-    grads = dpp_bwd(grad_logdet, grad_gains, *ctx.saved_tensors, *ctx.settings)
-    wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True))
-    return (*wanted, None, None, None, None)
+    saved = ctx.saved_tensors
+    with torch.no_grad():
+        grads = dpp_bwd(grad_logdet, grad_gains, *saved, *ctx.settings)
+    wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True)]
+    return *once("dpp_gains", wanted, (grad_logdet, grad_gains, *saved[:2])), None, None, None, None
 
 
-dpp_fwd.register_autograd(_backward, setup_context=_setup)
+run = differentiable(dpp_fwd, _setup, _backward)
 
 
 def select(
@@ -95,17 +108,19 @@ def select(
     return run(x, n, log_quality=log_quality, offsets=offsets, ridge=ridge)
 
 
-@torch.library.custom_op("qempo_fast::dpp_select", mutates_args=())
+@torch.library.custom_op("qempo_fast::dpp_select", mutates_args=(), tags=_UNSAFE)
 def dpp_select(
     x: torch.Tensor,
     n: int,
     log_quality: torch.Tensor | None,
     offsets: torch.Tensor | None,
-    ridge: float,
+    ridge: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
-    check_values(x, log_quality, offsets)
-    return select(_backends.kernel("dpp_select", x.device, backend), x, n, log_quality, offsets, ridge)
+    check_groups(x, log_quality, offsets, number("ridge", ridge))
+    _check.integer("n", n, low=1, high=x.shape[1] if offsets is None else None)
+    run = _backends.kernel("dpp_select", x.device, backend)
+    return select(run, x, n, log_quality, offsets, number("ridge", ridge))
 
 
 @dpp_select.register_fake

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _backends, _check
+from .._operator import scalar
 from . import op
 from ._inputs import check_groups
 
@@ -42,8 +43,9 @@ def dpp_select(
     """
     check_groups(embeddings, log_quality, offsets, ridge)
     _check.integer("n", n, low=1, high=embeddings.shape[1] if offsets is None else None)
-    if torch.compiler.is_compiling():
+    n = int(n)  # NumPy's are no indices in plain torch
+    if _check.traced(embeddings):
         name = _backends.choose("dpp_select", embeddings.device, backend)
-        return op.dpp_select(embeddings, n, log_quality, offsets, float(ridge), name)
+        return op.dpp_select(embeddings, n, log_quality, offsets, scalar(ridge), name)
     run = _backends.kernel("dpp_select", embeddings.device, backend)
     return op.select(run, embeddings, n, log_quality, offsets, float(ridge))

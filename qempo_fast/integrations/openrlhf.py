@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import _check
-from . import missing
+from . import missing, sampling
 from .methods import GROUPS, by_name, group_advantages
 
 _ACTOR = "openrlhf.models.actor"
@@ -58,15 +58,25 @@ def _checked(module: Any, name: str) -> Callable[..., Any]:
     raise ImportError(f"openrlhf: wanted {module.__name__}.{name}{wanted} as OpenRLHF 0.11.2 has it, got {got}")
 
 
-def use_fused_logps() -> None:
+# Of the actors that are built from now on: what use_fused_logps was last called with.
+_gradient: dict[str, Any] = sampling("auto", None)
+
+
+def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
     """Make ``openrlhf.models.Actor`` compute log-probs and entropies from hidden states, never keeping logits.
 
     Calls that ask for logits, and vision models, run OpenRLHF's own forward. DeepSpeed ZeRO-3 raises: it empties the
     head's weight outside the layer that owns it.
 
+    Args:
+        grad, tau: as ``qf.linear_logps``. "auto" samples the vocabulary gradient of bfloat16 weights: two equal calls
+            give two gradients. "exact" does not.
+
     Raises:
         ImportError: OpenRLHF is not installed, or its actor is not the one of 0.11.2.
+        TypeError, ValueError: grad, tau.
     """
+    _gradient.update(sampling(grad, tau))
     actor = _module(_ACTOR)
     _checked(actor, "unpad_and_slice_tensor")
     _checked(actor, "gather_and_pad_tensor")
@@ -113,7 +123,8 @@ def _scored(
         from .hf import fused_forward
 
         # A DeepSpeed engine has the model as .module. check=False: a forward outside the engine's would miss its hooks.
-        handle = fused_forward(getattr(self.model, "module", self.model), temperature=self.temperature, check=False)
+        model = getattr(self.model, "module", self.model)
+        handle = fused_forward(model, temperature=self.temperature, check=False, **_gradient)
         self.__dict__["_qempo_fused"] = handle
     handle.options["entropy"] = entropy
     if self.packing_samples:
@@ -164,7 +175,7 @@ def use_group_loss(
             )
         experiences = original(self, experiences)
         masks = [e.action_mask.to(e.action_log_probs.dtype) for e in experiences]
-        indices = torch.tensor([i for e in experiences for i in e.index])
+        indices = torch.tensor([i for e in experiences for i in e.index], dtype=torch.int64, device="cpu")
 
         def sums(name: str) -> torch.Tensor | None:
             parts = [getattr(e, name) for e in experiences]

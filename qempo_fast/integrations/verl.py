@@ -18,7 +18,7 @@ import torch
 import qempo_fast as qf
 
 from .. import _check
-from . import missing
+from . import missing, sampling
 from .methods import group_advantages
 
 try:
@@ -32,6 +32,9 @@ except ModuleNotFoundError as error:
 SLOT = "gdpo"
 POLICY_LOSS = "qempo_sequence"
 EMBEDDING = "qempo_embedding"
+
+# The gradient of both slots: what use_fused_logps was last called with.
+_gradient: dict[str, Any] = sampling("auto", None)
 
 # What this module takes the place of, and what that must accept: checked at import, so that an upgrade fails loudly.
 _HOOKS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
@@ -79,7 +82,7 @@ def linear_cross_entropy(
         temperature = float(temperature) if temperature.numel() == 1 else temperature.reshape(-1)
     out = qf.linear_logps(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, entropy=True,
-        process_group=dist_process_group,
+        process_group=dist_process_group, **_gradient,
     )  # fmt: skip
     assert out.entropy is not None
     return out.logps, out.entropy
@@ -96,8 +99,18 @@ def _fused_linear_for_ppo(
     return logps.reshape(input_ids.shape), entropy.reshape(input_ids.shape)
 
 
-def use_fused_logps() -> None:
-    """Put linear_logps in both slots of ``actor_rollout_ref.model.use_fused_kernels=True``; importing this does it."""
+def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
+    """Put linear_logps in both slots of ``actor_rollout_ref.model.use_fused_kernels=True``; importing this does it.
+
+    Args:
+        grad, tau: as ``qf.linear_logps``, for both slots. "auto" samples the vocabulary gradient of bfloat16 weights:
+            two equal calls give two gradients. "exact" does not.
+
+    Raises:
+        ImportError: verl lacks a hook.
+        TypeError, ValueError: grad, tau.
+    """
+    _gradient.update(sampling(grad, tau))
     check_hooks()
     _triton_slot.linear_cross_entropy = linear_cross_entropy
     _torch_slot.FusedLinearForPPO.forward = _fused_linear_for_ppo

@@ -54,7 +54,14 @@ def _live(head: HeadTensors, grads: RowGrads, rows: int, more: list[torch.Tensor
     live = grads.live().nonzero().squeeze(1)
     stops = list(range(rows, n + rows, rows))
     every = len(live) == n
-    reads = more if every else [torch.searchsorted(live, torch.arange(rows, n + rows, rows, device=live.device)), *more]
+    reads = (
+        more
+        if every
+        else [
+            torch.searchsorted(live, torch.arange(rows, n + rows, rows, device=live.device, dtype=torch.int64)),
+            *more,
+        ]
+    )
     read = torch.cat(reads).tolist() if reads else []
     if not every:
         stops, read = read[: len(stops)], read[len(stops) :]
@@ -190,7 +197,7 @@ def _chunks(
     vocabulary, step = blocks[-1].stop, blocks[0].stop
     found, many = [k.columns for k in kept if k.columns is not None], len(blocks) > 1
     # arange, not the blocks themselves: what comes from the host is a stall on a GPU.
-    stops = torch.arange(step, vocabulary + step, step, device=head.hidden.device) if many else None
+    stops = torch.arange(step, vocabulary + step, step, device=head.hidden.device, dtype=torch.int64) if many else None
     live, read = _live(head, grads, rows, [] if stops is None else [torch.searchsorted(c, stops) for c in found])
     ends = [read[i : i + len(blocks)] for i in range(0, len(read), len(blocks))] if many else [[len(c)] for c in found]
     ends_of = iter(ends)

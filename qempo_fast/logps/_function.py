@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
+from .. import _check
+from .._door import dense, owned
+from ..reference.once import once, single
 from ._backward import backward as driver_backward
 from ._forward import forward as driver_forward
 from ._head import HeadTensors, Kept, Logits, RowGrads
@@ -31,7 +33,7 @@ def pick(x: torch.Tensor, live: _Optional) -> torch.Tensor:
 
 def scatter(values: torch.Tensor, live: _Optional, n: int) -> torch.Tensor:
     """Results of the counted rows to all n rows, 0 elsewhere."""
-    return values if live is None else values.new_zeros(n).index_copy_(0, live, values)
+    return values if live is None else values.new_zeros(n, *values.shape[1:]).index_copy_(0, live, values)
 
 
 def head_of(
@@ -44,8 +46,9 @@ def head_of(
 ) -> HeadTensors:
     """The counted rows as the driver takes them."""
     acc = accumulator(hidden.dtype)
-    wide = None if bias is None else bias.to(acc).contiguous()
-    head = HeadTensors(hidden.contiguous(), weight, wide, targets, inv_temperature)
+    wide = None if bias is None else dense("bias", bias.to(acc))
+    rows = dense("targets", targets), dense("temperature", inv_temperature)
+    head = HeadTensors(dense("hidden", hidden), owned("weight", weight), wide, *rows)
     return head if live is None else head.rows(live)
 
 
@@ -65,11 +68,12 @@ def backward(
     """Gradients of hidden (n rows), weight and bias from those of all rows' logps and entropy; lse of counted rows."""
 
     def rows(g: _Optional) -> _Optional:
-        return None if g is None else pick(g, live).to(lse.dtype).contiguous()
+        return None if g is None else dense("grad", pick(g, live).to(lse.dtype))
 
     g, gh = map(rows, grads)
-    row_grads = RowGrads(lse, torch.zeros_like(lse) if g is None else g, gh, None if gh is None else entropy)
-    dh, dw, db = driver_backward(tiles, head, row_grads, kept, options, needs, logits)
+    row_grads = RowGrads(lse, lse.new_zeros(len(lse)) if g is None else g, gh, None if gh is None else entropy)
+    with _check.own_dtypes(head.hidden.device.type):
+        dh, dw, db = driver_backward(tiles, head, row_grads, kept, options, needs, logits)
     if dh is not None and options.group is not None:
         # Each shard holds its columns' part of the sum.
         dist.all_reduce(dh, group=options.group)
@@ -105,22 +109,23 @@ class LinearLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, lse, entropy)
         ctx.kept, ctx.tiles, ctx.options, ctx.logits = kept, tiles, options, logits
         ctx.set_materialize_grads(False)
-        outputs = [stats.target - lse, entropy, stats.log_sum_sq()]
+        # A copy of the entropy: who edits what is returned leaves alone what the backward reads.
+        outputs = [stats.logps(), None if entropy is None else entropy.clone(), stats.log_sum_sq()]
         full = [None if x is None else scatter(x, live, n) for x in outputs]
         if full[2] is not None:
             ctx.mark_non_differentiable(full[2])
         return tuple(full)  # type: ignore[return-value]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, _: _Optional) -> tuple[Any, ...]:
+        single(grad, grad_entropy)
         hidden, weight, bias, lse, entropy = ctx.saved_tensors
-        head = head_of(hidden, weight, bias, ctx.targets, ctx.inv_temperature, ctx.live)
-        grads, needs = (grad, grad_entropy), tuple(ctx.needs_input_grad[:3])
-        three = backward(
-            *(ctx.tiles, head, lse, entropy, ctx.live, ctx.kept, ctx.options, grads),
-            needs,  # type: ignore[arg-type]
-            hidden.shape[0],
-            ctx.logits,
-        )
-        return (*three, None, None, None, None, None, None)
+        with torch.no_grad():
+            head = head_of(hidden, weight, bias, ctx.targets, ctx.inv_temperature, ctx.live)
+            three = backward(
+                *(ctx.tiles, head, lse, entropy, ctx.live, ctx.kept, ctx.options, (grad, grad_entropy)),
+                tuple(ctx.needs_input_grad[:3]),  # type: ignore[arg-type]
+                hidden.shape[0],
+                ctx.logits,
+            )
+        return *once("linear_logps", three, (grad, grad_entropy, hidden, weight, bias)), *[None] * 6

@@ -34,10 +34,16 @@ def widens(a: torch.Tensor) -> bool:
     return _WIDENS and a.is_cuda and a.dtype in _HALF
 
 
+def _apart(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where its rows or columns overlap: of such a view oneDNN can "not construct a memory descriptor"."""
+    (n, d), (row, column) = x.shape, x.stride()
+    return x if (column == 1 and row >= d) or (row == 1 and column >= n) else x.contiguous()
+
+
 def linear(a: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """(n, d) by (c, d) to (n, c); out is a hint that a GEMM without an out-variant leaves unused."""
     if a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and w.numel() and _onednn_float32():
-        return torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(_apart(a), _apart(w), None, "none", [], "")
     return torch.mm(a, w.t(), out=out) if out is not None else torch.mm(a, w.t())
 
 

@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class RowGrads:
-    """(N,) lse, dloss/dlogp, and with the entropy gradient dloss/dH and H."""
+    """lse (N, 2) in two parts, RowStats.lse(); (N,) dloss/dlogp, and with the entropy gradient dloss/dH and H."""
 
     lse: torch.Tensor
     grad: torch.Tensor

@@ -41,10 +41,21 @@ def marked(logps: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, vo
 
 def inverse_temperature(temperature: Any, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """(N,) 1 / temperature, or None for 1."""
+    n, device = targets.numel(), targets.device
     if isinstance(temperature, torch.Tensor):
-        _check.tensor("temperature", temperature, shape=targets.shape, device=targets.device)
+        if temperature.numel() == 1:
+            _check.tensor("temperature", temperature)
+            return temperature.detach().reshape(1).to(device, dtype).reciprocal().expand(n)
+        _check.tensor("temperature", temperature, shape=targets.shape, device=device)
         return temperature.detach().reshape(-1).to(dtype).reciprocal()
     _check.positive("temperature", temperature)
-    if temperature == 1.0:
-        return None
-    return torch.full((targets.numel(),), 1.0 / temperature, dtype=dtype, device=targets.device)
+    largest = torch.finfo(dtype).max
+    if temperature * largest < 1.0:
+        _check.bad_value("temperature", f"a number of at least {1 / largest:.2g}", temperature)
+    if not torch.compiler.is_compiling():
+        return None if temperature == 1 else torch.full((n,), 1.0 / temperature, dtype=dtype, device=device)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # 0.3 s, which tracing has spent
+
+    # No guard on a temperature that changes; a factor, as in scalar() of _operator.py: one graph for all of them.
+    known = statically_known_true(temperature == 1)
+    return None if known else torch.ones(n, dtype=dtype, device=device) * (1.0 / temperature)

@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+# e^LOWEST is 0 in float64 too. A distance to the maximum goes no further where it is a factor: a mask fill of float32's
+# least number times the sum of a tile is -inf, and 0 * -inf is NaN.
+LOWEST = -1000.0
+
 
 @dataclass
 class RowStats:
@@ -36,10 +40,16 @@ class RowStats:
         return [getattr(self, f.name) for f in fields(self)]
 
     def lse(self) -> torch.Tensor:
-        return self.max + self.sum.log()
+        """(N, 2) max z and log sum e^(z - max). Their sum, the log-sum-exp, has no digits left for the second where the
+        first is large: under a mask fill of -1e9 it is off by 32, and every difference to a logit with it.
+        """
+        return torch.stack((self.max, self.sum.log()), 1)
+
+    def logps(self) -> torch.Tensor:
+        return (self.target - self.max).sub_(self.sum.log())
 
     def entropy(self) -> torch.Tensor | None:
-        # H = lse - E[z] = log sum - E[z - max]
+        # H = lse - E[z] = log sum - E[z - max]: no max is left in it.
         return None if self.sum_z is None else self.sum.log() - self.sum_z / self.sum
 
     def log_sum_sq(self) -> torch.Tensor | None:
@@ -55,8 +65,9 @@ class RowStats:
         out = RowStats.new(len(top), top.dtype, top.device, self.sum_z is not None, self.sum_sq is not None)
         out.max, out.target = top, torch.stack([s.target for s in shards]).amax(0)
         for s in shards:
-            shift = torch.where(s.sum > 0, s.max - top, 0.0)  # an empty shard adds nothing
-            k = torch.where(s.sum > 0, shift.exp(), 0.0)
+            # An empty shard adds nothing, and one whose sum is NaN makes all of it NaN.
+            k = torch.where(s.sum == 0, 0.0, (s.max - top).exp())
+            shift = (s.max - top).clamp_min(LOWEST)
             out.sum += k * s.sum
             if out.sum_z is not None and s.sum_z is not None:
                 out.sum_z += k * (s.sum_z + s.sum * shift)

@@ -40,8 +40,8 @@ class RowSum:
         for c in some:
             seen.index_fill_(0, c, True)  # seen[c] = True copies the True from the host, a stall on a GPU
         self.rows = seen.nonzero().squeeze(1)
-        self.place = torch.full((len(self.out),), -1, device=self.out.device)
-        self.place[self.rows] = torch.arange(len(self.rows), device=self.out.device)
+        self.place = torch.full((len(self.out),), -1, device=self.out.device, dtype=torch.int64)
+        self.place[self.rows] = torch.arange(len(self.rows), device=self.out.device, dtype=torch.int64)
         self.sum = self.out.new_zeros(len(self.rows), self.out.shape[1], dtype=torch.float32)
 
     def add(self, at: slice | torch.Tensor, a: torch.Tensor, w: torch.Tensor) -> None:

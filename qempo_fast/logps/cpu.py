@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 
 from .. import _C
+from .._door import address, dense, maybe
+from .._door import tile as rows_of
 from ._head import Draw, RowGrads, Tile
-from ._options import Options, TileSizes
+from ._options import Options, TileSizes, accumulator
 from ._row_stats import RowStats
 from ._tile_pass import RowSum, TilePass
 
@@ -25,10 +27,6 @@ BLOCK_ENTRIES = 2**24
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
-def _ptr(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 class _CpuRowSum(RowSum):
     """Rows are stored at their first touch and the rest zeroed at the end: one pass over the result, not two."""
 
@@ -39,24 +37,35 @@ class _CpuRowSum(RowSum):
         if self.half:
             # Of the first block, which is the largest: the float32 sums of a block stay in the cache.
             if self.buffer is None:
-                self.buffer = torch.empty(self.out.shape)
+                self.buffer = torch.empty(self.out.shape, dtype=torch.float32, device="cpu")
             self.sum = self.buffer[: len(self.out)]
         whole = any(c is None for c in columns)
-        self.seen = torch.full((len(self.out),), whole, dtype=torch.uint8)
+        self.seen = torch.full((len(self.out),), whole, dtype=torch.uint8, device="cpu")
         if whole:
             self.sum.zero_()
 
     def _add(self, at: torch.Tensor, rows: torch.Tensor) -> None:
-        rows = rows.float() if rows.dtype == torch.float16 else rows.contiguous()
-        addresses = [_ptr(x) for x in (self.sum, self.seen, at, rows)]
-        _C.add_rows(_DTYPES[rows.dtype], *addresses, *rows.shape, torch.get_num_threads())
+        rows = dense("rows", rows.float() if rows.dtype == torch.float16 else rows)
+        n, d = rows.shape
+        kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        _C.add_rows(
+            _DTYPES[rows.dtype],
+            address(self.sum, kind, len(self.out) * d),
+            address(self.seen, torch.uint8, len(self.out)),
+            address(at, torch.int64, n),
+            address(rows, rows.dtype, n * d),
+            n,
+            d,
+            torch.get_num_threads(),
+        )
 
     def end(self) -> None:
         n, d, threads = *self.out.shape, torch.get_num_threads()
+        seen, total = address(self.seen, torch.uint8, n), address(self.sum, self.sum.dtype, n * d)
         if self.out.dtype == torch.bfloat16:
-            _C.round_rows(self.out.data_ptr(), self.seen.data_ptr(), self.sum.data_ptr(), n, d, threads)
+            _C.round_rows(address(self.out, torch.bfloat16, n * d), seen, total, n, d, threads)
             return
-        _C.zero_unseen(self.sum.data_ptr(), self.seen.data_ptr(), n, d * self.sum.element_size(), threads)
+        _C.zero_unseen(total, seen, n, d * self.sum.element_size(), threads)
         if self.half:
             self.out.copy_(self.sum)
 
@@ -76,16 +85,23 @@ class CpuPass(TilePass):
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         # In huge pages where the system gives them.
         out = torch.empty(shape, dtype=dtype, device=device)
-        _C.ask_huge_pages(out.data_ptr(), out.nbytes)
+        _C.ask_huge_pages(address(out, dtype, out.numel()), out.nbytes)
         return out
 
     def gather(self, weight: torch.Tensor, at: torch.Tensor, out: torch.Tensor) -> None:
-        if not weight.is_contiguous():
+        if not weight.is_contiguous() or weight.is_neg():
             super().gather(weight, at, out)
             return
-        row = weight.shape[1] * weight.element_size()
-        addresses = (out.data_ptr(), weight.data_ptr(), at.data_ptr())
-        _C.gather_rows(*addresses, len(at), len(at), row, torch.get_num_threads())
+        n, d = len(at), weight.shape[1]
+        _C.gather_rows(
+            address(out, weight.dtype, len(out) * d),
+            address(weight, weight.dtype, weight.numel()),
+            address(at, torch.int64, n),
+            n,
+            n,
+            d * weight.element_size(),
+            torch.get_num_threads(),
+        )
         out[len(at) :].zero_()
 
     def row_sum(self, weight: torch.Tensor) -> RowSum:
@@ -100,24 +116,28 @@ class CpuPass(TilePass):
         z, bias, inv_temperature, targets = tile
         if z.dtype == torch.float16:
             z = z.float()
-        n, c = z.shape
-        rows = [_ptr(x) for x in (stats.max, stats.sum, stats.sum_z, stats.sum_sq, stats.target, floor)]
+        (n, c), acc, threads = z.shape, accumulator(z.dtype), torch.get_num_threads()
+        vocabulary = 0 if columns is None else columns.shape[1]
         _C.logps_fwd(
             _DTYPES[z.dtype],
-            z.data_ptr(),
-            z.stride(0),
+            *rows_of(z, z.dtype),
             n,
             c,
             v0,
-            _ptr(bias),
-            _ptr(inv_temperature),
+            maybe(bias, acc, c),
+            maybe(inv_temperature, acc, n),
             options.logit_scale,
             options.softcap or 0.0,
-            targets.data_ptr(),
-            rows,
-            _ptr(columns),
-            0 if columns is None else columns.shape[1],
-            torch.get_num_threads(),
+            address(targets, torch.int64, n),
+            address(stats.max, acc, n),
+            address(stats.sum, acc, n),
+            maybe(stats.sum_z, acc, n),
+            maybe(stats.sum_sq, acc, n),
+            address(stats.target, acc, n),
+            maybe(floor, acc, n),
+            maybe(columns, acc, threads * vocabulary),
+            vocabulary,
+            threads,
         )
 
     def backward(self, tile: Tile, grads: RowGrads, inverse: _Optional, row_sum: _Optional, options: Options) -> None:
@@ -129,45 +149,44 @@ class CpuPass(TilePass):
             self.backward(tile._replace(z=wide), grads, inverse, row_sum, options)
             z.copy_(wide)
             return
-        n, c = z.shape
+        (n, c), acc = z.shape, accumulator(z.dtype)
         _C.logps_bwd(
             _DTYPES[z.dtype],
-            z.data_ptr(),
-            z.stride(0),
+            *rows_of(z, z.dtype),
             n,
             c,
-            _ptr(bias),
-            _ptr(inv_temperature),
+            maybe(bias, acc, c),
+            maybe(inv_temperature, acc, n),
             options.logit_scale,
             options.softcap or 0.0,
-            _ptr(grads.lse),
-            _ptr(grads.grad),
-            _ptr(grads.grad_entropy),
-            _ptr(grads.entropy),
-            _ptr(inverse),
-            target.data_ptr(),
-            _ptr(row_sum),
+            address(grads.lse, acc, 2 * n),
+            address(grads.grad, acc, n),
+            maybe(grads.grad_entropy, acc, n),
+            maybe(grads.entropy, acc, n),
+            maybe(inverse, acc, c),
+            address(target, torch.int64, n),
+            maybe(row_sum, acc, n),
             torch.get_num_threads(),
         )
 
     def select(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor, float]:
         columns, forced, tau, mean_entropy, seed, rows, first_column = draw
-        vocabulary = columns.shape[1]
-        kept = torch.empty(vocabulary, dtype=torch.int64)
+        copies, vocabulary = columns.shape
+        kept = torch.empty(vocabulary, dtype=torch.int64, device="cpu")
         inverse = columns.new_empty(vocabulary)
         count, expected = _C.logps_select(
             columns.dtype == torch.float64,
-            columns.data_ptr(),
-            columns.shape[0],
+            address(columns, columns.dtype, copies * vocabulary),
+            copies,
             vocabulary,
             tau,
             -1.0 if mean_entropy is None else float(mean_entropy),
-            forced.data_ptr(),
+            address(forced, torch.uint8, vocabulary),
             seed,
             rows.start,
             first_column,
-            kept.data_ptr(),
-            inverse.data_ptr(),
+            address(kept, torch.int64, vocabulary),
+            address(inverse, columns.dtype, vocabulary),
             torch.get_num_threads(),
         )
         return kept[:count].clone(), inverse[:count].clone(), expected

@@ -27,7 +27,7 @@ def logps_from_logits(
     Args:
         logits: (..., V) float16, bfloat16, float32 or float64; -inf masks a token.
         targets: (...) int64 or int32 in [0, V), or ignore_index.
-        temperature: a positive number, or a tensor shaped like targets; not differentiable.
+        temperature: a positive number, or a tensor of one entry or shaped like targets; not differentiable.
         ignore_index: rows with this target count nowhere: outputs and gradients are 0.
         entropy: ask for the entropy too; it is differentiable.
         backend: see backends(); None chooses.
@@ -43,12 +43,14 @@ def logps_from_logits(
         _check.bad_value("logits", "shape (..., V) with V > 0", tuple(logits.shape))
     _check.tensor("targets", targets, dtypes=_check.INTS, shape=logits.shape[:-1], device=logits.device)
     _check.integer("ignore_index", ignore_index, low=-(2**63))
+    _check.boolean("entropy", entropy)
     inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(logits.dtype))
     name = _backends.choose("logps_from_logits", logits.device, backend)
     rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
     counted = flat != ignore_index
-    if torch.compiler.is_compiling():
-        logps, h, _ = op.logps_from_logits_fwd(rows, flat, inv_temperature, ignore_index, entropy, name)
+    if _check.traced(logits):
+        logps, h, _ = op.from_logits(rows, flat, inv_temperature, ignore_index, entropy, name)
+        h = h.where(counted, 0.0) if entropy else None  # not h itself, as in linear.py
     else:
         _inputs.check_values(flat, logits.shape[-1], inv_temperature, ignore_index)
         tiles = _backends.kernel("logps_from_logits", logits.device, name)()

@@ -9,6 +9,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from .. import _backends, _check
+from .._operator import scalar
 from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
 from . import _inputs, _sharded, op
 from ._function import LinearLogps, live_rows
@@ -62,7 +63,7 @@ def linear_logps(
             its group along (docs/distributed.md).
         targets: (...) int64 or int32 in [0, V), or ignore_index.
         bias: (V,), or this rank's part, or None.
-        temperature: a positive number, or a tensor shaped like targets.
+        temperature: a positive number, or a tensor of one entry or shaped like targets.
         logit_scale: multiplies the head's output (Cohere, Granite).
         softcap: caps it smoothly at +-softcap (Gemma 2); None for no cap.
         ignore_index: rows with this target count nowhere: outputs and gradients are 0.
@@ -87,11 +88,13 @@ def linear_logps(
         hidden, weight, bias = _autocast(hidden, weight, bias)
         _check_head(hidden, weight, targets, bias, logit_scale, softcap, ignore_index)
         _check_mode(grad, tau)
+        _check.boolean("entropy", entropy)
+        _check.boolean("sum_sq", sum_sq)
         inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(hidden.dtype))
         name = _backends.choose("linear_logps", hidden.device, backend)
     cap, keep = None if softcap is None else float(softcap), _tau(grad, tau, weight, hidden, bias, entropy)
     options = Options(float(logit_scale), cap, entropy, sum_sq, keep, 0, process_group)
-    run = _traced if torch.compiler.is_compiling() else _eager
+    run = _traced if process_group is None and _check.traced(hidden) else _eager
     if process_group is not None and torch.compiler.is_compiling():
         # Collectives and the sizes of the shards stay out of the graph: it breaks here, or fullgraph=True says so.
         run = torch.compiler.disable(_eager)
@@ -105,13 +108,14 @@ def _seed() -> torch.Tensor:
     """From torch's generator: torch.manual_seed repeats a step, and activation checkpointing, which restores the
     generator, sees the same columns when it recomputes.
     """
-    return torch.randint(2**62, (), dtype=torch.int64)
+    return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
 
 
 def _eager(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
     tiles = _backends.kernel("linear_logps", hidden.device, name)()
-    first, vocabulary = _sharded.shard_range(weight.shape[0], targets, inv_temperature, options.group)
+    shard = (hidden, weight, bias, targets, inv_temperature, ignore_index, options)
+    first, vocabulary = _sharded.shard_range(*shard)
     _inputs.check_values(targets, vocabulary, inv_temperature, ignore_index)
     counted = targets != ignore_index
     live = live_rows(counted)
@@ -127,12 +131,15 @@ def _eager(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor
 def _traced(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
     seed = None if options.tau is None else _seed()
-    logps, h, ss, *_ = op.linear_logps_fwd(
-        *(hidden, weight, bias, targets, inv_temperature, seed, ignore_index, options.logit_scale, options.softcap),
-        *(options.entropy, options.sum_sq, options.tau, op.chunk_rows(hidden.device, name), name),
+    logps, h, ss, *_ = op.linear(
+        *(hidden, weight, bias, targets, inv_temperature, seed),
+        *map(scalar, (options.logit_scale, options.softcap, options.tau)),
+        *(ignore_index, options.entropy, options.sum_sq, op.chunk_rows(hidden.device, name), name),
     )
-    logps = _inputs.marked(logps, targets, targets != ignore_index, weight.shape[0])
-    return logps, h if options.entropy else None, ss if options.sum_sq else None
+    counted = targets != ignore_index
+    logps = _inputs.marked(logps, targets, counted, weight.shape[0])
+    # Not h itself: an edit of the entropy in place reached what the backward reads, and Inductor drops a clone.
+    return logps, h.where(counted, 0.0) if options.entropy else None, ss if options.sum_sq else None
 
 
 def sequence_logps(
@@ -168,6 +175,7 @@ def sequence_logps(
         _check.tensor("hidden", hidden, ndim=2)
         _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:1])
         _check.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], hidden.device)
+        _check.boolean("average", average)
     tokens = linear_logps(hidden, weight, targets, **head)
     return reduce_sequences(tokens, targets, cu_seqlens, average, head.get("ignore_index", -100), summed)
 
@@ -180,7 +188,7 @@ def _autocast(
     if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors):
         return hidden, weight, bias  # the checks that follow say what is wrong
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if not _check.autocasts(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -190,8 +198,8 @@ def _check_head(
     hidden: Any, weight: Any, targets: Any, bias: Any, logit_scale: Any, softcap: Any, ignore_index: Any
 ) -> None:
     _check.tensor("hidden", hidden)
-    if hidden.ndim < 1:
-        _check.bad_value("hidden", "shape (..., D)", tuple(hidden.shape))
+    if hidden.ndim < 1 or hidden.shape[-1] == 0:
+        _check.bad_value("hidden", "shape (..., D) with D > 0", tuple(hidden.shape))
     _check.plain("hidden", hidden)
     _check.tensor("weight", weight, dtypes=(hidden.dtype,), shape=(-1, hidden.shape[-1]), device=hidden.device)
     if weight.shape[0] == 0:

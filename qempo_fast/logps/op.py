@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from .. import _backends, _check
+from .._operator import differentiable, number
+from ..reference.once import once
 from . import _logits
 from ._forward import forward as driver_forward
 from ._function import backward, head_of, live_rows, pick, scatter
@@ -19,6 +21,25 @@ from ._inputs import check_values
 from ._options import Options, accumulator
 
 _Optional = torch.Tensor | None
+
+
+def _check_rows(
+    name: str, x: torch.Tensor, targets: torch.Tensor, inv_temperature: _Optional, backward: dict[str, Any]
+) -> None:
+    """Who calls an operator may be a graph, or anyone: rows x (N, any), and by name what has N entries in acc."""
+    _check.tensor(name, x, ndim=2)
+    dtypes = (accumulator(x.dtype),)
+    _check.tensor("targets", targets, dtypes=_check.INTS, shape=x.shape[:1], device=x.device)
+    for what, rows in {"inv_temperature": inv_temperature, **backward}.items():
+        if rows is not None:
+            shape = (len(x), 2) if what == "lse" else x.shape[:1]
+            _check.tensor(what, rows, dtypes=dtypes, shape=shape, device=x.device)
+
+
+def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: _Optional) -> None:
+    _check.tensor("weight", weight, dtypes=(hidden.dtype,), shape=(-1, hidden.shape[1]), device=hidden.device)
+    if bias is not None:
+        _check.tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
 
 
 def _scales(kept: list[Kept], rows: int, like: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -52,6 +73,14 @@ def chunk_rows(device: torch.device, backend: str) -> int:
 chunk_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _options(
+    scale: torch.Tensor, softcap: _Optional, tau: _Optional, entropy: bool, sum_sq: bool, seed: int
+) -> Options:
+    cap = None if softcap is None else number("softcap", softcap)
+    keep = None if tau is None else number("tau", tau)
+    return Options(number("logit_scale", scale), cap, entropy, sum_sq, keep, seed, None)
+
+
 # Both read sizes from the device: a captured graph would keep those of its first run, and capturing fails.
 _UNSAFE = (torch.Tag.cudagraph_unsafe,)
 
@@ -64,29 +93,32 @@ def linear_logps_fwd(
     targets: torch.Tensor,
     inv_temperature: torch.Tensor | None,
     seed: torch.Tensor | None,
+    logit_scale: torch.Tensor,
+    softcap: torch.Tensor | None,
+    tau: torch.Tensor | None,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
     entropy: bool,
     sum_sq: bool,
-    tau: float | None,
     chunk: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logps, entropy, sum_sq, and to keep: lse (N,), scales of the kept columns (chunks, V).
+    """logps, entropy, sum_sq, and to keep: lse (N, 2), scales of the kept columns (chunks, V); numbers as scalar().
 
     chunk is chunk_rows(...). As an argument it is part of what torch's cache on disk knows a graph by: read here, a
     graph compiled by a version with other chunks failed at run time, "expected size 3 == 2".
     """
+    _check_rows("hidden", hidden, targets, inv_temperature, {})
+    _check_head(hidden, weight, bias)
+    _check.integer("chunk", chunk, low=1)
     n, vocabulary = hidden.shape[0], weight.shape[0]
     check_values(targets, vocabulary, inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
-    options = Options(logit_scale, softcap, entropy, sum_sq, tau, 0 if seed is None else int(seed), None)
+    options = _options(logit_scale, softcap, tau, entropy, sum_sq, 0 if seed is None else int(seed))
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     head = head_of(hidden, weight, bias, targets, inv_temperature, live)
     stats, kept = driver_forward(tiles, head, options, 0)
     lse = stats.lse()
-    outputs = (stats.target - lse, stats.entropy(), stats.log_sum_sq(), lse)
+    outputs = (stats.logps(), stats.entropy(), stats.log_sum_sq(), lse)
     full = [lse.new_empty(0) if x is None else scatter(x, live, n) for x in outputs]
     rows = 0 if tau is None else -(-n // chunk)
     return full[0], full[1], full[2], full[3], _scales(kept, rows, lse, vocabulary if rows else 0)
@@ -100,18 +132,18 @@ def _(
     targets: Any,
     inv_temperature: Any,
     seed: Any,
-    ignore_index: int,
-    logit_scale: float,
+    logit_scale: Any,
     softcap: Any,
+    tau: Any,
+    ignore_index: int,
     entropy: bool,
     sum_sq: bool,
-    tau: Any,
     chunk: int,
     backend: str,
 ) -> Any:
     n, acc = hidden.shape[0], accumulator(hidden.dtype)
     kept = (0, 0) if tau is None else (-(-n // chunk), weight.shape[0])
-    shapes = ((n,), (n if entropy else 0,), (n if sum_sq else 0,), (n,), kept)
+    shapes = ((n,), (n if entropy else 0,), (n if sum_sq else 0,), (n, 2), kept)
     return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
 
 
@@ -127,24 +159,33 @@ def linear_logps_bwd(
     lse: torch.Tensor,
     entropy: torch.Tensor,
     scales: torch.Tensor,
+    logit_scale: torch.Tensor,
+    softcap: torch.Tensor | None,
+    tau: torch.Tensor | None,
     needs: list[bool],
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    tau: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    h = None if grad_entropy is None else entropy
+    saved = {"grad": grad, "grad_entropy": grad_entropy, "lse": lse, "entropy": h}
+    _check_rows("hidden", hidden, targets, inv_temperature, saved)
+    _check_head(hidden, weight, bias)
+    check_values(targets, weight.shape[0], inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
     head = head_of(hidden, weight, bias, targets, inv_temperature, live)
-    options = Options(logit_scale, softcap, grad_entropy is not None, False, tau, 0, None)
+    options = _options(logit_scale, softcap, tau, grad_entropy is not None, False, 0)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     # scales has a row for each chunk that there would be were every row counted.
     chunks = 0 if tau is None else -(-len(head.targets) // tiles.sizes(True).chunk)
+    if chunks:
+        _check.tensor("scales", scales, dtypes=(lse.dtype,), shape=(-1, weight.shape[0]), device=hidden.device)
+        if len(scales) < chunks:
+            _check.bad_value("scales", f"a row for each of {chunks} chunks", tuple(scales.shape))
     three = backward(
         tiles,
         head,
         pick(lse, live),
-        None if grad_entropy is None else pick(entropy, live),
+        None if h is None else pick(h, live),
         live,
         _kept(scales[:chunks]) if chunks else [],
         options,
@@ -158,28 +199,30 @@ def linear_logps_bwd(
 @linear_logps_bwd.register_fake
 def _(
     grad: Any, grad_entropy: Any, hidden: Any, weight: Any, bias: Any, t: Any, i: Any, lse: Any, h: Any, s: Any,
-    needs: Any, *settings: Any,
+    scale: Any, softcap: Any, tau: Any, needs: Any, *settings: Any,
 ) -> Any:  # fmt: skip
     inputs = (hidden, weight, bias)
     return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(inputs, needs, strict=True))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    hidden, weight, bias, targets, inv_temperature, _, ignore_index, scale, softcap, entropy, *rest = inputs
-    _, tau, _, backend = rest
+    *head, _, scale, softcap, tau, ignore_index, entropy, _, _, backend = inputs
     _, h, sum_sq, lse, scales = output
-    ctx.save_for_backward(hidden, weight, bias, targets, inv_temperature, lse, h, scales)
-    ctx.entropy, ctx.settings = entropy, (ignore_index, scale, softcap, tau, backend)
+    ctx.save_for_backward(*head, lse, h, scales, scale, softcap, tau)
+    ctx.entropy, ctx.settings = entropy, (ignore_index, backend)
     ctx.mark_non_differentiable(sum_sq, lse, scales)
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    three = linear_logps_bwd(grad, grad_entropy if ctx.entropy else None, *ctx.saved_tensors, needs, *ctx.settings)
-    return (*(g if need else None for g, need in zip(three, needs, strict=True)), *[None] * 11)
+    needs, saved = list(ctx.needs_input_grad[:3]), ctx.saved_tensors
+    of_entropy = grad_entropy if ctx.entropy else None
+    with torch.no_grad():
+        three = linear_logps_bwd(grad, of_entropy, *saved, needs, *ctx.settings)
+    grads = [g if need else None for g, need in zip(three, needs, strict=True)]
+    return *once("linear_logps", grads, (grad, of_entropy, *saved[:3])), *[None] * 11
 
 
-linear_logps_fwd.register_autograd(_linear_backward, setup_context=_linear_setup)
+linear = differentiable(linear_logps_fwd, _linear_setup, _linear_backward)
 
 
 @torch.library.custom_op("qempo_fast::logps_from_logits_fwd", mutates_args=())
@@ -191,7 +234,8 @@ def logps_from_logits_fwd(
     entropy: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logps, entropy, and to keep: lse (N,)."""
+    """logps, entropy, and to keep: lse (N, 2)."""
+    _check_rows("logits", logits, targets, inv_temperature, {})
     check_values(targets, logits.shape[1], inv_temperature, ignore_index)
     counted = targets != ignore_index
     tiles = _backends.kernel("logps_from_logits", logits.device, backend)()
@@ -202,7 +246,7 @@ def logps_from_logits_fwd(
 @logps_from_logits_fwd.register_fake
 def _(logits: Any, targets: Any, inv_temperature: Any, ignore_index: int, entropy: bool, backend: str) -> Any:
     n, acc = logits.shape[0], accumulator(logits.dtype)
-    return tuple(logits.new_empty(shape, dtype=acc) for shape in ((n,), (n if entropy else 0,), (n,)))
+    return tuple(logits.new_empty(shape, dtype=acc) for shape in ((n,), (n if entropy else 0,), (n, 2)))
 
 
 @torch.library.custom_op("qempo_fast::logps_from_logits_bwd", mutates_args=())
@@ -217,9 +261,13 @@ def logps_from_logits_bwd(
     ignore_index: int,
     backend: str,
 ) -> torch.Tensor:
+    h = None if grad_entropy is None else entropy
+    saved = {"grad": grad, "grad_entropy": grad_entropy, "lse": lse, "entropy": h}
+    _check_rows("logits", logits, targets, inv_temperature, saved)
+    check_values(targets, logits.shape[1], inv_temperature, ignore_index)
     counted = targets != ignore_index
     tiles = _backends.kernel("logps_from_logits", logits.device, backend)()
-    rows = (logits, targets.where(counted, 0), counted, lse, None if grad_entropy is None else entropy)
+    rows = (logits, targets.where(counted, 0), counted, lse, h)
     return _logits.backward(rows, inv_temperature, tiles, grad, grad_entropy)
 
 
@@ -236,15 +284,18 @@ def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _logits_backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    out = logps_from_logits_bwd(grad, grad_entropy if ctx.entropy else None, *ctx.saved_tensors, *ctx.settings)
-    return out, None, None, None, None, None
+    saved, of_entropy = ctx.saved_tensors, grad_entropy if ctx.entropy else None
+    with torch.no_grad():
+        out = logps_from_logits_bwd(grad, of_entropy, *saved, *ctx.settings)
+    return *once("logps_from_logits", (out,), (grad, of_entropy, saved[0])), *[None] * 5
 
 
-logps_from_logits_fwd.register_autograd(_logits_backward, setup_context=_logits_setup)
+from_logits = differentiable(logps_from_logits_fwd, _logits_setup, _logits_backward)
 
 
 @torch.library.custom_op("qempo_fast::segment_sum", mutates_args=())
 def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor, backend: str) -> torch.Tensor:
+    _check.tensor("values", values, ndim=1)
     _check.offsets("cu_seqlens", cu_seqlens, values.shape[0], values.device)
     return _backends.kernel("segment_sum", values.device, backend)(values, cu_seqlens)
 
@@ -270,4 +321,4 @@ def _segment_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return torch.where(held, grad[at.clamp(0, grad.shape[0] - 1)], torch.nan).to(ctx.dtype), None, None
 
 
-segment_sum.register_autograd(_segment_backward, setup_context=_segment_setup)
+segments = differentiable(segment_sum, _segment_setup, _segment_backward)

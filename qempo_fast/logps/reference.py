@@ -7,7 +7,7 @@ import torch
 from ..reference.logps import finish_head
 from ._head import Draw, RowGrads, Tile
 from ._options import Options, TileSizes, accumulator
-from ._row_stats import RowStats
+from ._row_stats import LOWEST, RowStats
 from ._tile_pass import TilePass
 
 _Optional = torch.Tensor | None
@@ -44,9 +44,10 @@ class TorchPass(TilePass):
         z, bias, inv_temperature, targets = tile
         x = _finish(z, bias, inv_temperature, options)
         top = torch.maximum(stats.max, x.amax(-1))
-        seen = top > -torch.inf
-        shift = torch.where(stats.max > -torch.inf, stats.max - top, 0.0)
-        k = torch.where(stats.max > -torch.inf, shift.exp(), 0.0)
+        # Rows without a logit above -inf so far; one of NaN is none of them.
+        seen, before = top != -torch.inf, stats.max != -torch.inf
+        shift = torch.where(before, (stats.max - top).clamp_min(LOWEST), 0.0)
+        k = torch.where(before, (stats.max - top).exp(), 0.0)
         d = torch.where(seen.unsqueeze(-1), x - top.unsqueeze(-1), -torch.inf)
         e = d.exp()
         if stats.sum_z is not None:
@@ -59,9 +60,12 @@ class TorchPass(TilePass):
         mine = x.gather(1, (targets - v0).clamp(0, x.shape[1] - 1).unsqueeze(1)).squeeze(1)
         stats.target.copy_(torch.where(here, mine, stats.target))
         if columns is not None:
-            bound = stats.lse() if floor is None else torch.maximum(stats.lse(), floor)
+            first, second = stats.lse().unbind(1)
+            if floor is not None:
+                above = floor - first > second
+                first, second = torch.where(above, floor, first), torch.where(above, 0.0, second)
             part = columns[v0 : v0 + x.shape[1]]
-            torch.maximum(part, (x - bound.unsqueeze(-1)).amax(0), out=part)
+            torch.maximum(part, (x - first.unsqueeze(-1) - second.unsqueeze(-1)).amax(0), out=part)
 
     def backward(self, tile: Tile, grads: RowGrads, inverse: _Optional, row_sum: _Optional, options: Options) -> None:
         z, bias, inv_temperature, target = tile
@@ -69,7 +73,7 @@ class TorchPass(TilePass):
             z = z[:, : len(inverse)]  # what is behind has a gradient of 0 already
         lse, grad, grad_entropy, entropy = grads.lse, grads.grad, grads.grad_entropy, grads.entropy
         x = _finish(z, bias, inv_temperature, options)
-        lp = x - lse.unsqueeze(-1)
+        lp = x - lse[:, :1] - lse[:, 1:]
         p = lp.exp()
         d = -grad.unsqueeze(-1) * p
         here = (target >= 0) & (target < x.shape[1])
@@ -103,7 +107,8 @@ class TorchPass(TilePass):
         generator = torch.Generator(columns.device).manual_seed(hash((seed, rows.start, first_column)) % 2**63)
         uniform = torch.rand(q.shape, generator=generator, device=q.device, dtype=torch.float64)
         kept = ((q >= 1) | (uniform < q)).nonzero().squeeze(1)
-        return kept, q[kept].reciprocal(), float(q.sum())
+        # A NaN keeps all of the chunk's columns, as its row's gradient is NaN in all.
+        return kept, q[kept].reciprocal(), float(torch.where(columns.isnan(), torch.inf, q).sum())
 
 
 linear_logps = logps_from_logits = TorchPass

@@ -11,7 +11,8 @@ from . import op
 def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Sum a flat tensor over segments; deterministic, differentiable in values.
 
-    out_s = sum_{i = cu_seqlens[s]}^{cu_seqlens[s + 1] - 1} values_i, and 0 for an empty segment.
+    out_s = sum_{i = cu_seqlens[s]}^{cu_seqlens[s + 1] - 1} values_i, in float64 whatever values are, and rounded once
+    at the end; 0 for an empty segment.
 
     Args:
         values: (N,) float16, bfloat16, float32 or float64.
@@ -30,6 +31,6 @@ def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 def summed(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """segment_sum of arguments that are checked."""
-    if torch.compiler.is_compiling():
-        return op.segment_sum(values, cu_seqlens, _backends.choose("segment_sum", values.device))
+    if _check.traced(values):
+        return op.segments(values, cu_seqlens, _backends.choose("segment_sum", values.device))
     return _backends.kernel("segment_sum", values.device)(values, cu_seqlens)

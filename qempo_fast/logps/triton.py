@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .._door import dense
 from ..kernels._launch import architecture, row
 from ..kernels.add_rows import add_rows, rows_out
 from ..kernels.linear_logps_fused import FEW, fused_fwd
@@ -180,12 +181,12 @@ class _SegmentSum(torch.autograd.Function):
     def forward(ctx: Any, values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         ctx.save_for_backward(cu_seqlens)
         ctx.n, ctx.dtype = values.shape[0], values.dtype
-        return segment_sum_fwd(values, cu_seqlens)
+        return segment_sum_fwd(dense("values", values), dense("cu_seqlens", cu_seqlens))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return segment_sum_bwd(grad, *ctx.saved_tensors, ctx.n).to(ctx.dtype), None
+        return segment_sum_bwd(dense("grad", grad), *ctx.saved_tensors, ctx.n).to(ctx.dtype), None
 
 
 def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import _backends, _check
 from .._backends import OPS
 from ..reference import groups
+from ..reference.once import once
 from . import op as _op
-from ._values import checked
+from ._values import blame, checked, solid
 
 
 def _scaled(coefs: tuple[torch.Tensor, ...], grad: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -29,24 +29,26 @@ def _scaled(coefs: tuple[torch.Tensor, ...], grad: torch.Tensor) -> Sequence[tor
     return torch._foreach_mul(coefs, grad) if len(coefs) > 1 else (coefs[0] * grad,)
 
 
-@once_differentiable
-def _scaled_once(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(_scaled(ctx.saved_tensors, grad))
+def _scaled_once(ctx: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    with torch.no_grad():
+        grads = _scaled(ctx.saved_tensors, grad)
+    return once(ctx.op, grads, (grad, *ctx.policy))
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *policy: torch.Tensor) -> torch.Tensor:
-        run, args, settings = call
+        ctx.op, run, args, settings = call
         value, coefs = run(*args, **settings)
         if len(policy) > 1 and ctx.needs_input_grad.count(False) > 1:
             coefs = [coef for coef, need in zip(coefs, ctx.needs_input_grad[1:], strict=True) if need]
         ctx.save_for_backward(*coefs)
+        ctx.policy = policy  # a graph of the gradients leads to them
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # once_differentiable takes 2 of a small loss's 20 microseconds and says nothing without create_graph.
+        # A graph of the gradients is asked for by create_graph alone.
         grads = _scaled_once(ctx, grad) if torch.is_grad_enabled() else _scaled(ctx.saved_tensors, grad)
         needs = ctx.needs_input_grad
         if len(grads) + 1 == len(needs):
@@ -55,17 +57,18 @@ class _Fused(torch.autograd.Function):
         return None, *[next(each) if need else None for need in needs[1:]]
 
 
-# Function.apply's own step in Python looks for functorch's wrappers in each argument, 2 microseconds.
+# Function.apply's own step in Python looks for functorch's wrappers in each argument, 2 microseconds: traced() has.
 _apply = super(torch.autograd.Function, _Fused).apply
-_in_functorch = torch._C._are_functorch_transforms_active
 
 
 def loss(op: str, args: Sequence[Any], settings: dict[str, Any]) -> torch.Tensor:
     """The loss op of arguments that are checked but for their values, on the backend of their device."""
     first = args[0]
-    if torch.compiler.is_compiling():
+    if _check.traced(first):
         backend = _backends.choose(op, first.device)
-        return _plain(op, args, settings) if backend == "reference" else _op.loss(op, backend, args, settings)
+        # On meta nothing runs, and plain torch would read the offsets.
+        plain = backend == "reference" and not first.is_meta
+        return _plain(op, args, settings) if plain else _op.loss(op, backend, args, settings)
     backend, run = _backends.default(op, first.device)
     if backend == "reference":
         return _plain(op, args, settings)
@@ -73,16 +76,22 @@ def loss(op: str, args: Sequence[Any], settings: dict[str, Any]) -> torch.Tensor
     # One look for all: each asks whether values on a GPU may be read.
     if backend not in _op.CHECKING and _check.may_read(first):
         args, settings = checked(op, args, settings)
-    given = [x if x is None else x.contiguous() for x in args]
-    if torch.is_grad_enabled():
-        for x in policy:
-            if x.requires_grad:
-                return (_Fused.apply if _in_functorch() else _apply)((run, given, settings), *policy)
-    return run(*given, **settings)[0]
+    given, settings = solid(op, args, settings)
+    try:
+        if torch.is_grad_enabled():
+            for x in policy:
+                if x.requires_grad:
+                    return _apply((op, run, given, settings), *policy)
+        return run(*given, **settings)[0]
+    except RuntimeError:
+        blame(op, given, settings)
+        raise
 
 
 def _plain(op: str, args: Sequence[Any], settings: dict[str, Any]) -> torch.Tensor:
     """The plain torch loss."""
+    if not _check.traced(args[0]):
+        blame(op, args, settings)
     policy = args[: OPS[op].policy]
     args, settings = checked(op, (*policy, *map(_detached, args[len(policy) :])), settings)
     reference = OPS[op].reference
@@ -96,12 +105,15 @@ def _detached(x: torch.Tensor | None) -> torch.Tensor | None:
 
 def advantages(rewards: torch.Tensor, **settings: Any) -> torch.Tensor:
     """group_advantages of rewards without a graph, on the backend of their device."""
-    # No kernel of it is an operator: while torch.compile traces, the plain torch definition joins the graph.
-    if torch.compiler.is_compiling():
-        backend, run = "reference", groups.group_advantages
-    else:
-        backend, run = _backends.default("group_advantages", rewards.device)
-    args: tuple[Any, ...] = (rewards,)
+    op, args = "group_advantages", (rewards,)
+    # No kernel of it is an operator: while a call is traced, the plain torch definition joins the graph.
+    if _check.traced(rewards):
+        if rewards.is_meta and settings["offsets"] is not None:
+            _check.present("offsets", settings["offsets"])
+        args, settings = checked(op, args, settings)
+        return groups.group_advantages(*args, **settings)
+    backend, run = _backends.default(op, rewards.device)
     if backend not in _op.CHECKING:
-        args, settings = checked("group_advantages", args, settings)
-    return run(*args, **settings)
+        args, settings = checked(op, args, settings)
+    given, settings = solid(op, args, settings)
+    return run(*given, **settings)

@@ -30,22 +30,31 @@ def alike(tensors: Sequence[Any]) -> bool:
     return True
 
 
+def _scores_alike(tensors: Sequence[Any]) -> bool:
+    """alike() of 1-D tensors of one shape, in one pass. Layouts are dense()'s to look at."""
+    first = tensors[0]
+    if type(first) is not _Tensor or first.ndim != 1 or first.dtype not in _WIDE:
+        return False
+    dtype, device, shape = first.dtype, first.device, first.shape
+    try:
+        for x in tensors[1:]:
+            if x is not None and (
+                type(x) is not _Tensor or x.dtype is not dtype or x.shape != shape or x.device != device
+            ):
+                return False
+    except RuntimeError:
+        return False  # a nested tensor has no shape to ask for
+    return True
+
+
 def scores(names: Sequence[str], tensors: Sequence[Any], policy: int = 1) -> Sequence[Any]:
     """1-D tensors, checked to have one length and device, in one dtype: the widest of the policy's, at least float32.
 
     The first `policy` are the policy's; another may be None.
     """
+    if _scores_alike(tensors):
+        return tensors
     first = tensors[0]
-    # As alike() does, in one pass.
-    if type(first) is _Tensor and first.ndim == 1 and first.dtype in _WIDE:
-        dtype, device, shape = first.dtype, first.device, first.shape
-        for x in tensors[1:]:
-            if x is not None and (
-                type(x) is not _Tensor or x.dtype is not dtype or x.shape != shape or x.device != device
-            ):
-                break
-        else:
-            return tensors
     _check.tensor(names[0], first, ndim=1)
     for name, x in zip(names, tensors, strict=True):
         if x is not None:
@@ -69,10 +78,12 @@ def given(name: str, x: Any) -> None:
         _check.tensor(name, x)
 
 
-def group_layout(n: int, group_size: Any, offsets: Any, device: torch.device, *, at_least: int) -> Any:
+def group_layout(
+    n: int, group_size: Any, offsets: Any, device: torch.device, *, at_least: int, k: int | None = None
+) -> Any:
     """offsets. One of group_size and offsets is checked to be given, and all of group_size; not what offsets hold."""
     if group_size is not None or offsets is None:
-        _check.groups(n, group_size, offsets, at_least=at_least)
+        _check.groups(n, group_size, offsets, at_least=at_least, k=k)
         return None
     return offsets_like("offsets", offsets, device)
 

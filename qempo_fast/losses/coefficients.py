@@ -33,8 +33,11 @@ def coefficients(
         The detached loss, and the coefficients: shape and dtype of logps, a tuple for a tuple.
 
     Raises:
-        TypeError, ValueError: logps not float tensors; a loss that is not a scalar; what loss_fn raises.
+        TypeError, ValueError: logps not float tensors; a loss that is not a scalar or has no graph; what loss_fn
+            raises.
     """
+    if not callable(loss_fn):
+        _check.bad_type("loss_fn", "a loss of log-probs", type(loss_fn).__name__)
     single = isinstance(logps, torch.Tensor)
     if not single and not (isinstance(logps, tuple) and logps):
         _check.bad_type("logps", "a tensor or a tuple of tensors", type(logps).__name__)
@@ -49,7 +52,10 @@ def coefficients(
         if not isinstance(loss, torch.Tensor) or loss.ndim:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             _check.bad_value("loss_fn", "a scalar loss", got)
-        grads = torch.autograd.grad(loss, leaves)
+        if not loss.requires_grad:
+            _check.bad_value("loss_fn", "a loss with a graph to the log-probs it is given", "one without")
+        # What the loss does not depend on has zeros.
+        grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
     return loss.detach(), grads[0] if single else grads
 
 

@@ -56,7 +56,8 @@ def epa_loss(
 def _fits(tensors: tuple[Any, ...]) -> bool:
     """Whether EPA's six need no cast and have their shapes."""
     for x in tensors:
-        if x is None:
+        # A nested tensor has no shape to ask for.
+        if x is None or (isinstance(x, torch.Tensor) and x.is_nested):
             return False
     if not _inputs.alike(tensors):
         return False

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import _C, _check
+from .._door import address, maybe, own
 from ..reference.groups import STD_EPS
 from ._values import checked, least
 
@@ -37,61 +38,68 @@ _F64, _I64 = torch.float64, torch.int64
 Result = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 
 
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _refuse(op: str, *args: Any, **settings: Any) -> None:
     """Raise the error of the values that a kernel has refused."""
     checked(op, args, settings)
     raise AssertionError(f"{op}: the kernel refuses values that the check takes")
 
 
-def _layout(n: int, group_size: int | None, offsets: torch.Tensor | None) -> tuple[int, bool, int, int]:
+def _value(x: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Memory of the loss of rows x."""
+    return x.new_empty(x.shape if reduction == "none" else ())
+
+
+def _layout(n: int, group_size: int | None, offsets: torch.Tensor | None) -> tuple[int | None, bool, int, int]:
     """Address of offsets, whether they are int64, groups, size of equal groups."""
     if offsets is None:
-        assert group_size is not None
-        return 0, False, n // group_size, group_size
-    return offsets.data_ptr(), offsets.dtype is _I64, offsets.shape[0] - 1, 0
+        # The public functions have looked; a graph's operator comes here with what it was traced with.
+        if group_size is None or group_size < 1 or n % group_size:
+            _check.bad_value("group_size", f"a divisor of the {n} samples", group_size)
+        return None, False, n // group_size, group_size
+    dtype = _I64 if offsets.dtype is _I64 else torch.int32
+    return address(offsets, dtype, offsets.shape[0]), dtype is _I64, offsets.shape[0] - 1, 0
 
 
 def pair_loss(
     chosen, rejected, ref_chosen, ref_rejected, *, alpha, beta, label_smoothing=0.0, reduction="mean"
 ) -> Result:
-    value = chosen.new_empty(chosen.shape if reduction == "none" else ())
+    dtype, n = chosen.dtype, chosen.shape[0]
+    value = _value(chosen, reduction)
     coefs = torch.empty_like(chosen), torch.empty_like(chosen)
     _C.pair_loss(
-        chosen.dtype is _F64,
-        chosen.shape[0],
-        chosen.data_ptr(),
-        rejected.data_ptr(),
-        _address(ref_chosen),
-        _address(ref_rejected),
+        dtype is _F64,
+        n,
+        address(chosen, dtype, n),
+        address(rejected, dtype, n),
+        maybe(ref_chosen, dtype, n),
+        maybe(ref_rejected, dtype, n),
         alpha,
         beta,
         label_smoothing,
         REDUCTIONS[reduction],
-        value.data_ptr(),
-        coefs[0].data_ptr(),
-        coefs[1].data_ptr(),
+        own(value),
+        own(coefs[0]),
+        own(coefs[1]),
         torch.get_num_threads(),
     )
     return value, coefs
 
 
 def poft_loss(logps, lengths, aligned_mean_logps, *, beta=1.0, gamma=0.0, reduction="mean") -> Result:
-    value, coef = logps.new_empty(logps.shape if reduction == "none" else ()), torch.empty_like(logps)
+    dtype, (n, models) = logps.dtype, aligned_mean_logps.shape
+    value, coef = _value(logps, reduction), torch.empty_like(logps)
     if not _C.poft_loss(
-        logps.dtype is _F64,
-        *aligned_mean_logps.shape,
-        logps.data_ptr(),
-        lengths.data_ptr(),
-        aligned_mean_logps.data_ptr(),
+        dtype is _F64,
+        n,
+        models,
+        address(logps, dtype, n),
+        address(lengths, dtype, n),
+        address(aligned_mean_logps, dtype, n * models),
         beta,
         gamma,
         REDUCTIONS[reduction],
-        value.data_ptr(),
-        coef.data_ptr(),
+        own(value),
+        own(coef),
         torch.get_num_threads(),
     ):
         _refuse("poft_loss", logps, lengths, aligned_mean_logps)
@@ -99,17 +107,22 @@ def poft_loss(logps, lengths, aligned_mean_logps, *, beta=1.0, gamma=0.0, reduct
 
 
 def epa_loss(positive, strong, weak, ref_positive, ref_strong, ref_weak, *, beta=0.1, reduction="mean") -> Result:
-    value = positive.new_empty(positive.shape if reduction == "none" else ())
+    dtype, n = positive.dtype, positive.shape[0]
+    strong_count, weak_count = strong.shape[1], weak.shape[1]
+    sizes = n, n * strong_count, n * weak_count
+    value = _value(positive, reduction)
     coefs = torch.empty_like(positive), torch.empty_like(strong), torch.empty_like(weak)
     _C.epa_loss(
-        positive.dtype is _F64,
-        *strong.shape,
-        weak.shape[1],
-        *[x.data_ptr() for x in (positive, strong, weak, ref_positive, ref_strong, ref_weak)],
+        dtype is _F64,
+        n,
+        strong_count,
+        weak_count,
+        *[address(x, dtype, size) for x, size in zip((positive, strong, weak), sizes, strict=True)],
+        *[address(x, dtype, size) for x, size in zip((ref_positive, ref_strong, ref_weak), sizes, strict=True)],
         beta,
         REDUCTIONS[reduction],
-        value.data_ptr(),
-        *[x.data_ptr() for x in coefs],
+        own(value),
+        *map(own, coefs),
         torch.get_num_threads(),
     )
     return value, coefs
@@ -127,22 +140,23 @@ def _group_loss(
     bonus: torch.Tensor | None,
 ) -> Result:
     """Both losses of the family on groups, which differ in what they do with centred samples."""
-    n, value, coef = logps.shape[0], logps.new_empty(()), torch.empty_like(logps)
+    dtype, n = logps.dtype, logps.shape[0]
+    value, coef = logps.new_empty(()), torch.empty_like(logps)
     if not _C.group_loss(
-        logps.dtype is _F64,
+        dtype is _F64,
         op == "variance_loss",
         n,
         *_layout(n, *groups),
         least(baseline),
-        logps.data_ptr(),
-        _address(ref_logps),
-        rewards.data_ptr(),
-        _address(bonus),
+        address(logps, dtype, n),
+        maybe(ref_logps, dtype, n),
+        address(rewards, dtype, n),
+        maybe(bonus, dtype, n),
         alpha,
         beta,
         BASELINES[baseline],
-        value.data_ptr(),
-        coef.data_ptr(),
+        own(value),
+        own(coef),
         torch.get_num_threads(),
     ):
         _refuse(op, logps, ref_logps, rewards, baseline=baseline, offsets=groups[1])
@@ -166,16 +180,17 @@ def rspo_loss(logps, rewards, *, k, group_size=None, offsets=None, baseline="loo
     if k == 1:
         groups: dict[str, Any] = {"group_size": group_size, "offsets": offsets}
         return group_loss(logps, None, rewards, alpha=0.0, beta=0.0, baseline=baseline, **groups)
-    n, value, coef = logps.shape[0], logps.new_empty(()), torch.empty_like(logps)
+    dtype, n = logps.dtype, logps.shape[0]
+    value, coef = logps.new_empty(()), torch.empty_like(logps)
     if not _C.rspo_loss(
-        logps.dtype is _F64,
+        dtype is _F64,
         n,
         *_layout(n, group_size, offsets),
         k,
-        logps.data_ptr(),
-        rewards.data_ptr(),
-        value.data_ptr(),
-        coef.data_ptr(),
+        address(logps, dtype, n),
+        address(rewards, dtype, n),
+        own(value),
+        own(coef),
         torch.get_num_threads(),
     ):
         _refuse("rspo_loss", logps, rewards, k=k, baseline=baseline, offsets=offsets)
@@ -186,15 +201,19 @@ def token_loss(
     token_logps, old_token_logps, advantages, cu_seqlens, *, ref_token_logps=None,
     kl=0.0, eps_low=0.2, eps_high=0.2, ratio="token", normalize="sequence", surrogate="clip",
 ) -> Result:  # fmt: skip
+    dtype, n = token_logps.dtype, token_logps.shape[0]
     value, coef = token_logps.new_empty(()), torch.empty_like(token_logps)
+    starts, wide, sequences, _ = _layout(0, None, cu_seqlens)
     if not _C.token_loss(
-        token_logps.dtype is _F64,
-        token_logps.shape[0],
-        *_layout(0, None, cu_seqlens)[:3],
-        token_logps.data_ptr(),
-        old_token_logps.data_ptr(),
-        _address(ref_token_logps),
-        advantages.data_ptr(),
+        dtype is _F64,
+        n,
+        starts,
+        wide,
+        sequences,
+        address(token_logps, dtype, n),
+        address(old_token_logps, dtype, n),
+        maybe(ref_token_logps, dtype, n),
+        address(advantages, dtype, sequences),
         kl,
         eps_low,
         eps_high,
@@ -202,8 +221,8 @@ def token_loss(
         NORMALIZE[normalize if isinstance(normalize, str) else "number"],
         0.0 if isinstance(normalize, str) else normalize,
         SURROGATES[surrogate],
-        value.data_ptr(),
-        coef.data_ptr(),
+        own(value),
+        own(coef),
         torch.get_num_threads(),
     ):
         _refuse("token_loss", token_logps, old_token_logps, advantages, cu_seqlens)
@@ -217,11 +236,11 @@ def group_advantages(rewards, *, group_size=None, offsets=None, scale="std", bas
         rewards.dtype is _F64,
         n,
         *_layout(n, group_size, offsets),
-        rewards.data_ptr(),
+        address(rewards, rewards.dtype, n),
         SCALES[scale],
         STD_EPS,
         BASELINES[baseline],
-        out.data_ptr(),
+        own(out),
         torch.get_num_threads(),
     ):
         _refuse("group_advantages", rewards, offsets=offsets)

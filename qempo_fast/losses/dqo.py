@@ -87,6 +87,8 @@ def dqo_loss(
 def _group_size(embeddings: Any, logps: torch.Tensor, group_size: Any, offsets: Any) -> Any:
     """Check embeddings against logps; the group size that (G, k, d) embeddings imply, else the one given."""
     _check.tensor("embeddings", embeddings, device=logps.device)
+    if embeddings.ndim in (2, 3) and not embeddings.shape[-1]:
+        _check.bad_value("embeddings", "a width of at least 1", f"shape {tuple(embeddings.shape)}")
     if embeddings.ndim == 2:
         _check.tensor("embeddings", embeddings, shape=(logps.shape[0], -1))
         return group_size

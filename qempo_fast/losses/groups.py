@@ -253,6 +253,8 @@ def policy_gradient_loss(logps: torch.Tensor, advantages: torch.Tensor) -> torch
     _inputs.given("advantages", advantages)
     policy, fixed = _inputs.scores(("logps", "advantages"), (logps, advantages))
     # The family's online loss with nothing but a reward, which is checked there under another name.
+    if fixed.layout is not torch.strided:
+        _check.plain("advantages", fixed)
     fixed = _values.values("advantages", fixed.detach())
     settings = {"alpha": 0.0, "beta": 0.0, "group_size": 1, "offsets": None, "baseline": "none", "bonus": None}
     return _function.loss("group_loss", (policy, None, fixed), settings)
@@ -290,5 +292,5 @@ def group_advantages(
     _check.choice("baseline", baseline, ("mean", "loo"))
     _check.tensor("rewards", rewards, ndim=1)
     offsets = _inputs.group_layout(rewards.shape[0], group_size, offsets, rewards.device, at_least=2)
-    values = rewards.detach().to(_inputs.score_dtype(rewards)).contiguous()
+    values = rewards.detach().to(_inputs.score_dtype(rewards))
     return _function.advantages(values, group_size=group_size, offsets=offsets, scale=scale, baseline=baseline)

@@ -10,24 +10,28 @@ from typing import Any
 
 import torch
 
-from .. import _backends
+from .. import _backends, _check
 from .._backends import OPS
-from ._values import arguments, checked
+from .._operator import differentiable, number, scalar
+from ..reference.once import once
+from ._values import _TENSORS, arguments, checked, solid
 
+# Arguments of several rows a response.
+_MATRICES = ("aligned_mean_logps", "strong", "weak", "ref_strong", "ref_weak")
 # Backends that check values in the pass that computes, and raise what checked() would.
 CHECKING = ("cpu",)
 
-# The annotations of the reference functions as a schema has them.
+# The annotations of the reference functions as a schema has them. A float is a tensor there: see scalar().
 _TYPES = {
     "torch.Tensor": "Tensor",
     "torch.Tensor | None": "Tensor?",
-    "float": "float",
-    "int": "int",
-    "int | None": "int?",
+    "float": "Tensor",
+    "int": "SymInt",
+    "int | None": "SymInt?",
     "str": "str",
-    "str | float": "Scalar",
+    "str | float": "Tensor",
 }
-# A schema has no union of words and numbers: these stand for the words of normalize, whose numbers are above 0.
+# A tensor holds no words: these stand for the words of normalize, whose numbers are above 0.
 NORMALIZE = {"sequence": 0, "token": -1}
 
 
@@ -42,17 +46,39 @@ def checked_run(op: str, backend: str, args: Sequence[Any], settings: dict[str, 
     if backend not in CHECKING:
         args, settings = checked(op, args, settings)
     run = _backends.kernel(op, args[0].device, backend)
-    return run(*[None if x is None else x.contiguous() for x in args], **settings)
+    given, settings = solid(op, args, settings)
+    return run(*given, **settings)
+
+
+def _check_tensors(named: dict[str, Any]) -> None:
+    """Tensors that a graph, or anyone, hands to an operator: what the public functions see to."""
+    name, first = next(iter(named.items()))
+    _check.tensor(name, first, dtypes=(torch.float32, torch.float64), ndim=1)
+    for name, x in named.items():
+        if x is None:
+            continue
+        if name in ("offsets", "cu_seqlens"):
+            _check.tensor(name, x, dtypes=_check.INTS, ndim=1, device=first.device)
+            continue
+        policy = named.get(name.removeprefix("ref_"))
+        wide = policy.shape if policy is not None and policy is not x else (len(first), *[-1] * (x.ndim - 1))
+        shape = (len(named["cu_seqlens"]) - 1,) if name == "advantages" else wide
+        _check.tensor(
+            name, x, dtypes=(first.dtype,), ndim=2 if name in _MATRICES else 1, shape=shape, device=first.device
+        )
 
 
 def _operator(op: str) -> Any:
     tensors, others = arguments(op)
     positional, keywords, count = len(tensors), list(others), OPS[op].policy
+    words = {float(code): word for word, code in NORMALIZE.items()}
 
     def forward(*given: Any) -> tuple[torch.Tensor, ...]:
         settings = dict(zip(keywords, given[positional:-1], strict=True))
-        if settings.get("normalize", 1) <= 0:
-            settings["normalize"] = {number: word for word, number in NORMALIZE.items()}[settings["normalize"]]
+        for name in _NUMBERS[op]:
+            x = number(name, settings[name])
+            settings[name] = words.get(x, x) if name == "normalize" else x
+        _check_tensors(dict(zip(tensors, given, strict=False)) | {name: settings[name] for name in _TENSORS[op]})
         value, coefs = checked_run(op, given[-1], given[:positional], settings)
         return value, *coefs
 
@@ -62,18 +88,20 @@ def _operator(op: str) -> Any:
         return given[0].new_empty(shape), *[torch.empty_like(x) for x in given[:count]]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[:count])
         ctx.mark_non_differentiable(*output[1:])
 
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        needs = zip(ctx.saved_tensors, ctx.needs_input_grad[:count], strict=True)
-        grads = [times(coef, grad) if need else None for coef, need in needs]
+        saved = ctx.saved_tensors  # once: a second reading breaks selective checkpointing
+        coefs, policy = saved[:count], saved[count:]
+        needs = zip(coefs, ctx.needs_input_grad[:count], strict=True)
+        grads = once(op, [times(coef, grad) if need else None for coef, need in needs], (grad, *policy))
         return *grads, *[None] * (positional + len(keywords) + 1 - count)
 
-    operator = torch.library.custom_op(f"qempo_fast::{op}", forward, mutates_args=(), schema=_schema(op))
+    name, tags = f"qempo_fast::{op}", (torch.Tag.cudagraph_unsafe,) if _NUMBERS[op] else ()
+    operator = torch.library.custom_op(name, forward, mutates_args=(), schema=_schema(op), tags=tags)
     operator.register_fake(fake)
-    operator.register_autograd(backward, setup_context=setup)
-    return operator
+    return differentiable(operator, setup, backward)
 
 
 def times(coef: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -81,12 +109,14 @@ def times(coef: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return coef * (grad[:, None] if grad.ndim and coef.ndim > 1 else grad)
 
 
-_OPERATORS = {op: _operator(op) for op, row in OPS.items() if row.policy}
-_KEYWORDS = {op: tuple(arguments(op)[1]) for op in _OPERATORS}
+_KEYWORDS = {op: arguments(op)[1] for op, row in OPS.items() if row.policy}
+_NUMBERS = {op: [name for name, kind in of.items() if "float" in kind] for op, of in _KEYWORDS.items()}
+_OPERATORS = {op: _operator(op) for op in _KEYWORDS}
 
 
 def loss(op: str, backend: str, args: Sequence[Any], settings: dict[str, Any]) -> torch.Tensor:
     """The loss op as one node of the graph."""
-    if "normalize" in settings:
-        settings = {**settings, "normalize": NORMALIZE.get(settings["normalize"], settings["normalize"])}
-    return _OPERATORS[op](*args, *[settings.get(name) for name in _KEYWORDS[op]], backend)[0]
+    if isinstance(settings.get("normalize"), str):
+        settings = {**settings, "normalize": NORMALIZE[settings["normalize"]]}
+    given = [scalar(settings[name]) if name in _NUMBERS[op] else settings.get(name) for name in _KEYWORDS[op]]
+    return _OPERATORS[op](*args, *given, backend)[0]

@@ -46,7 +46,7 @@ def rspo_loss(
     _check.choice("baseline", baseline, _inputs.BASELINES)
     _inputs.given("rewards", rewards)
     policy, fixed = _inputs.scores(("logps", "rewards"), (logps, rewards))
-    at_least = _values.least(baseline, k)
-    offsets = _inputs.group_layout(policy.shape[0], group_size, offsets, policy.device, at_least=at_least)
+    at_least, named = _values.least(baseline, k), k if k > 1 else None
+    offsets = _inputs.group_layout(policy.shape[0], group_size, offsets, policy.device, at_least=at_least, k=named)
     settings = {"k": k, "group_size": group_size, "offsets": offsets, "baseline": baseline}
     return _function.loss("rspo_loss", (policy, fixed), settings)

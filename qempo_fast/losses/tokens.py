@@ -106,7 +106,7 @@ def _token_loss(
     cu_seqlens = _inputs.offsets_like("cu_seqlens", cu_seqlens, device)
     _check.tensor("advantages", advantages, shape=(cu_seqlens.shape[0] - 1,), device=device)
     settings = {
-        "ref_token_logps": None if reference is None else reference.detach().contiguous(),
+        "ref_token_logps": None if reference is None else reference.detach(),
         "kl": kl,
         "eps_low": eps_low,
         "eps_high": eps_high,

@@ -6,6 +6,7 @@ import torch
 
 from .. import _check
 from ..kernels import loss_contrastive, loss_groups, loss_pairs, loss_risk, loss_tokens
+from ..reference.family import product
 from ..reference.risk import rspo_weights
 
 pair_loss = loss_pairs.pair_loss_fwd
@@ -38,4 +39,4 @@ def rspo_loss(
     if not _for_reference(logps.shape[0], k, group_size, offsets):
         return loss_risk.rspo_loss_fwd(logps, rewards, k=k, baseline=baseline, **groups)
     coef = rspo_weights(rewards, k=k, **groups) * (-k / logps.shape[0])
-    return (coef * logps).sum(), (coef,)
+    return product(coef, logps).sum(), (coef,)

@@ -41,7 +41,8 @@ def brier(probabilities: Any, outcomes: Any) -> float:
 def ece(probabilities: Any, outcomes: Any, *, bins: int = 15) -> float:
     """Expected calibration error, ``sum_m (|B_m| / n) |mean outcome of B_m - mean probability of B_m|``.
 
-    B_m holds the entries with a probability in ((m - 1)/bins, m/bins], B_1 also those at 0.
+    B_m holds the entries with a probability in ((m - 1)/bins, m/bins], B_1 also those at 0. An edge is what the
+    probabilities' dtype has for m/bins: 0.3 in a float32 tensor, which is 0.30000001, lies on the edge 3/10.
 
     Args:
         probabilities: confidences, any shape, in [0, 1]; a tensor, an array or lists.
@@ -57,9 +58,12 @@ def ece(probabilities: Any, outcomes: Any, *, bins: int = 15) -> float:
     Guo et al. (arXiv:1706.04599, equation 3), with 15 bins as there.
     """
     _check.integer("bins", bins, low=1)
-    p, y = _pair(probabilities, outcomes)
+    given = _inputs.read("probabilities", probabilities)
+    p, y = _pair(given, outcomes)
     # Inner edges only, and p equal to an edge falls to the bin below it.
     edges = torch.arange(1, bins, dtype=torch.float64, device=p.device) / bins
+    if given.is_floating_point():
+        edges = edges.to(given.dtype).double()
     which = torch.bucketize(p, edges)
     gap = torch.zeros(bins, dtype=torch.float64, device=p.device).index_add_(0, which, y - p)
     return float(gap.abs().sum() / p.numel())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,17 +11,18 @@ from .. import _check
 from . import _inputs
 
 
-def _cosines(embeddings: Any) -> torch.Tensor:
-    """(..., n, n) cosines; a zero row resembles itself alone."""
+def _unit_rows(embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(..., n, width) rows of length 1 or 0, and how many are 0: a zero row resembles itself alone."""
     if isinstance(embeddings, str) or (isinstance(embeddings, (list, tuple)) and str in map(type, embeddings)):
         _check.bad_type("embeddings", "one row of numbers for each response (embed first)", "texts")
     x = _inputs.numbers("embeddings", embeddings)
     if x.ndim < 2 or x.shape[-1] < 1 or x.shape[-2] < 1:
         _check.bad_value("embeddings", "shape (..., n, width) with n and width at least 1", tuple(x.shape))
-    unit = torch.nn.functional.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny)
-    cosines = unit @ unit.mT
-    cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    return cosines
+    # By its largest entry first: the squares of 1e200 and of 1e-200 leave float64.
+    largest = x.abs().amax(-1, keepdim=True)
+    zero = largest == 0
+    x = torch.where(zero, 0.0, x / torch.where(zero, 1.0, largest))
+    return torch.nn.functional.normalize(x, dim=-1, eps=1.0), zero.sum((-2, -1), dtype=x.dtype)
 
 
 def embedding_cosine(embeddings: Any) -> torch.Tensor:
@@ -38,7 +40,13 @@ def embedding_cosine(embeddings: Any) -> torch.Tensor:
 
     The diversity measure of SPL (arXiv:2511.08594), with n = 16 there.
     """
-    return (1 - _cosines(embeddings)).mean((-2, -1))
+    x, zeros = _unit_rows(embeddings)
+    n = x.shape[-2]
+    # The m rows that are not zero: n^2 pairs would need n^2 numbers, and 1 - cos loses what is below 1e-16.
+    m = n - zeros
+    centre = x.sum(-2, keepdim=True) / m.clamp(min=1)[..., None, None]
+    spread = (x - centre).square().sum(-1) * (x != 0).any(-1)
+    return (m * spread.sum(-1) + (n * n - m * m - zeros)) / (n * n)
 
 
 def vendi(embeddings: Any) -> torch.Tensor:
@@ -57,6 +65,9 @@ def vendi(embeddings: Any) -> torch.Tensor:
 
     Friedman and Dieng (arXiv:2210.02410), order q = 1, with the cosine kernel.
     """
-    cosines = _cosines(embeddings)
-    weights = torch.linalg.eigvalsh(cosines / cosines.shape[-1]).clamp(min=0.0)
-    return torch.special.entr(weights).sum(-1).exp()
+    x, zeros = _unit_rows(embeddings)
+    n, width = x.shape[-2:]
+    # X X^T and X^T X share the eigenvalues that are not 0: the smaller is taken, without the zero rows in either.
+    gram = x @ x.mT if n <= width else x.mT @ x
+    weights = torch.linalg.eigvalsh(gram / n).clamp(min=0.0)
+    return (torch.special.entr(weights).sum(-1) + zeros * (math.log(n) / n)).exp()

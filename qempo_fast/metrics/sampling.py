@@ -21,24 +21,24 @@ def pass_at_k(n: Any, c: Any, k: int) -> torch.Tensor:
     """Unbiased estimate of the probability that one of k samples is right, ``1 - C(n - c, k) / C(n, k)``.
 
     Args:
-        n: samples drawn for each problem; a whole number, or (P,) of them.
-        c: how many of them were right, 0 to n; a whole number, or (P,) of them.
+        n: samples drawn for each problem; a whole number, or a tensor, an array or lists of them, of any shape.
+        c: how many of them were right, 0 to n; a whole number, or the same of n's shape.
         k: from 1 to the smallest n.
 
     Returns:
-        float64 with the shape that n and c share, one value for each problem; ``.mean()`` is the benchmark's.
+        float64 in the shape of n and c, one value for each problem; ``.mean()`` is the benchmark's.
 
     Raises:
-        TypeError, ValueError: not whole numbers, shapes that do not fit, c outside [0, n], k outside [1, n].
+        TypeError, ValueError: not whole numbers, two shapes that differ, c outside [0, n], k outside [1, n].
 
     Chen et al. (arXiv:2107.03374, equation 1).
     """
     samples, right = _counts("n", n), _counts("c", c)
     _check.integer("k", k, low=1)
-    try:
-        samples, right = torch.broadcast_tensors(samples, right.to(samples.device))
-    except RuntimeError:
+    # Not by broadcasting: n (P, 1) and c (P,) would be P x P problems.
+    if samples.ndim and right.ndim and samples.shape != right.shape:
         _check.bad_value("c", f"shape {tuple(samples.shape)} as n", tuple(right.shape))
+    samples, right = torch.broadcast_tensors(samples, right.to(samples.device))
     if bool((samples < k).any()):
         _check.bad_value("k", f"at most the smallest n, {int(samples.min())}", k)
     if bool(((right < 0) | (right > samples)).any()):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-import re
+import numbers
+from collections import Counter
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 
 from .. import _check
+from ._words import apart, words
+
+_IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _library(metric: str, package: str, module: str) -> ModuleType:
@@ -36,19 +40,26 @@ def _strings(texts: Any) -> list[str]:
 
 def _tokens(text: Any) -> list[Any]:
     if isinstance(text, str):
-        return text.split()
-    if isinstance(text, torch.Tensor) and text.ndim == 1:
+        return apart(text).split()
+    if isinstance(text, torch.Tensor):
+        _check.tensor("texts", text, dtypes=_IDS, ndim=1)
+        _check.present("texts", text)
         return text.tolist()
-    if isinstance(text, Sequence):
-        return list(text)
-    _check.bad_type("texts", "strings, or sequences of tokens", type(text).__name__)
+    if not isinstance(text, Sequence) or isinstance(text, bytes):
+        _check.bad_type("texts", "strings, or sequences of tokens", type(text).__name__)
+    for token in text:
+        # Tensors of one number are equal only to themselves as members of a set: each would count as different.
+        if not isinstance(token, (str, bytes, numbers.Integral)):
+            _check.bad_type("texts", "tokens that are ids or strings", f"one that is a {type(token).__name__}")
+    return list(text)
 
 
 def distinct_n(texts: Sequence[Any], n: int) -> float:
     """Distinct-n of a set of responses, ``different n-grams / all n-grams``, counted over the set as a whole.
 
     Args:
-        texts: strings, split at white space, or sequences of tokens (lists or 1-d tensors of ids).
+        texts: strings, split at white space and around each character of a script without spaces (Chinese,
+            Japanese, Thai, Lao, Khmer, Burmese), or sequences of tokens (lists or 1-d tensors of ids).
         n: length of the n-grams, at least 1.
 
     Returns:
@@ -74,7 +85,8 @@ def self_bleu(texts: Sequence[str], *, n: int = 4) -> float:
     """Self-BLEU of a set of responses: the mean BLEU of each against all the others as references.
 
     Higher means more alike; ``1 - self_bleu`` grows with diversity. Sentence BLEU by sacrebleu: 13a tokens,
-    exponential smoothing, and n-gram orders that a short response does not have left out.
+    exponential smoothing, and n-gram orders that a short response does not have left out. Characters of scripts
+    without spaces are tokens of their own, as by its zh tokenizer; a response that stands twice scores 1.
 
     Args:
         texts: at least two strings.
@@ -92,25 +104,33 @@ def self_bleu(texts: Sequence[str], *, n: int = 4) -> float:
     rows = _strings(texts)
     _check.integer("n", n, low=1)
     metrics = _library("self_bleu", "sacrebleu", "sacrebleu.metrics")
-    bleu = metrics.BLEU(max_ngram_order=n, effective_order=True)
-    scores = [bleu.sentence_score(row, rows[:i] + rows[i + 1 :]).score for i, row in enumerate(rows)]
+    bleu = metrics.BLEU(max_ngram_order=int(n), effective_order=True)
+    rows = [" ".join(apart(row).split()) for row in rows]
+    times = Counter(rows)
+    # A copy's BLEU is 1, but for that of an empty response, which has no n-gram of any order.
+    scores = [
+        100.0 if times[row] > 1 else bleu.sentence_score(row, rows[:i] + rows[i + 1 :]).score
+        for i, row in enumerate(rows)
+    ]
     # sacrebleu returns 100 exp(0) = 100.00000000000004 for a perfect match.
     return min(1.0, sum(scores) / (100 * len(scores)))
 
 
-class _Words:
-    """Tokenizer for rouge-score, whose own drops every character outside a-z and 0-9."""
+class _AsTheyAre:
+    """Tokenizer for rouge-score, given words. Its own drops every character outside a-z and 0-9."""
 
-    def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
+    def tokenize(self, text: list[str]) -> list[str]:
+        return text
 
 
 def self_rouge(texts: Sequence[str], *, kind: str = "rougeL") -> float:
     """Self-ROUGE of a set of responses: the mean ROUGE F1 over all pairs of them.
 
     Higher means more alike; papers that report it "higher is more diverse", as DQO does, report ``1 -
-    self_rouge`` or another falling function of it. Words are runs of letters and digits of any script, in
-    lower case.
+    self_rouge`` or another falling function of it. Words are runs of letters and digits of any script with their
+    marks, in lower case and normal form C; characters of scripts without spaces (Chinese, Japanese, Thai, Lao,
+    Khmer, Burmese) are words of their own, and so are the characters of a response without words ("?!"). Two
+    responses of the same words score 1; "rouge2" counts single words where one of the two has no second.
 
     Args:
         texts: at least two strings.
@@ -129,6 +149,13 @@ def self_rouge(texts: Sequence[str], *, kind: str = "rougeL") -> float:
     rows = _strings(texts)
     _check.choice("kind", kind, ("rouge1", "rouge2", "rougeL"))
     rouge = _library("self_rouge", "rouge-score", "rouge_score.rouge_scorer")
-    scorer = rouge.RougeScorer([kind], tokenizer=_Words())
-    scores = [scorer.score(a, b)[kind].fmeasure for a, b in itertools.combinations(rows, 2)]
+    scorers = {name: rouge.RougeScorer([name], tokenizer=_AsTheyAre()) for name in (kind, "rouge1")}
+
+    def score(a: list[str], b: list[str]) -> float:
+        if a == b:
+            return 1.0
+        name = "rouge1" if kind == "rouge2" and min(len(a), len(b)) < 2 else kind
+        return scorers[name].score(a, b)[name].fmeasure
+
+    scores = [score(a, b) for a, b in itertools.combinations(map(words, rows), 2)]
     return sum(scores) / len(scores)

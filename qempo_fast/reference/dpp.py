@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .once import once, single
+
 # Elements of embeddings turned into float64 at a time (8 MiB), so that no second copy of all of them exists.
 _CHUNK = 2**20
 # Largest max_i s_i^2 / ridge at which A is factorised directly: rounding of the Gram matrix then moves a gain
@@ -124,7 +126,7 @@ def _pivoted(gram: torch.Tensor, log_s: torch.Tensor) -> tuple[torch.Tensor, tor
     floor = _floor(gram)
     rest, left = gram.clone(), torch.ones(groups, k, dtype=torch.bool, device=gram.device)
     factor, order = torch.zeros_like(gram), torch.empty(groups, k, dtype=torch.int64, device=gram.device)
-    each = torch.arange(groups, device=gram.device)
+    each = torch.arange(groups, device=gram.device, dtype=torch.int64)
     for step in range(k):
         v = rest.diagonal(dim1=-2, dim2=-1)
         # NaN is not below the floor, so that it spreads to the results.
@@ -254,7 +256,7 @@ def _buckets(offsets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor
     for k in sizes.unique().tolist():
         if k > 0:
             groups = (sizes == k).nonzero().squeeze(-1)
-            yield groups, offsets[groups, None] + torch.arange(k, device=offsets.device)
+            yield groups, offsets[groups, None] + torch.arange(k, device=offsets.device, dtype=torch.int64)
 
 
 def dpp_fwd(
@@ -311,22 +313,15 @@ class DppFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logdet: Any, grad_gains: Any, _: Any) -> Any:
-        # Its guard costs 3 microseconds, and guards only against create_graph=True, which turns on the grad mode here.
-        run = _once_differentiable if torch.is_grad_enabled() else _input_grads
-        return run(ctx, grad_logdet, grad_gains)
-
-
-def _input_grads(ctx: Any, grad_logdet: Any, grad_gains: Any) -> Any:
-    if grad_logdet is None and grad_gains is None:
-        return (None,) * 6
-    x, log_quality, offsets, *saved = ctx.saved_tensors
-    inputs = Inputs(x, log_quality, offsets)
-    grad_x, grad_quality = ctx.bwd((grad_logdet, grad_gains), inputs, saved, *ctx.settings)
-    _, need_x, need_quality, *_ = ctx.needs_input_grad
-    return None, grad_x if need_x else None, grad_quality if need_quality else None, None, None, None
-
-
-_once_differentiable = torch.autograd.function.once_differentiable(_input_grads)
+        if grad_logdet is None and grad_gains is None:
+            return (None,) * 6
+        single(grad_logdet, grad_gains)
+        x, log_quality, offsets, *saved = ctx.saved_tensors
+        inputs = Inputs(x, log_quality, offsets)
+        with torch.no_grad():
+            grads = ctx.bwd((grad_logdet, grad_gains), inputs, saved, *ctx.settings)
+        needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:3], strict=True)]
+        return None, *once("dpp_gains", needed, (grad_logdet, grad_gains, x, log_quality)), None, None, None
 
 
 def dpp_gains(
@@ -361,7 +356,7 @@ def _select(x: torch.Tensor, n: int, log_quality: torch.Tensor | None, ridge: fl
     floor = _floor(rest)
     log_ridge = torch.tensor(math.log(ridge), dtype=rest.dtype, device=x.device)
     each, picks = (
-        torch.arange(groups, device=x.device),
+        torch.arange(groups, device=x.device, dtype=torch.int64),
         torch.empty(groups, n, dtype=torch.int64, device=x.device),
     )
     taken = torch.zeros(groups, k, dtype=torch.bool, device=x.device)

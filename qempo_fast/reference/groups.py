@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .family import AlphaBeta, reduced
+from .family import AlphaBeta, product, reduced, widened
 
 # The constant that GRPO adds to the standard deviation (2402.03300; TRL's grpo_trainer).
 STD_EPS = 1e-4
@@ -25,7 +25,7 @@ def to_groups(
         return grouped, torch.ones_like(grouped, dtype=torch.bool)
     sizes = offsets[1:] - offsets[:-1]
     width = int(sizes.max()) if sizes.numel() else 1
-    column = torch.arange(width, device=x.device)
+    column = torch.arange(width, dtype=torch.int64, device=x.device)
     mask = column < sizes[:, None]
     index = torch.where(mask, offsets[:-1, None] + column, 0)
     return torch.where(mask, x[index], torch.zeros((), dtype=x.dtype, device=x.device)), mask
@@ -50,6 +50,14 @@ def centre(
     return from_groups(centred, mask, offsets)
 
 
+def _deviation(centred: torch.Tensor, size: torch.Tensor, any_size: bool) -> torch.Tensor:
+    """(G, 1) of (G, n) with n - 1; any_size: where squares of 1e154 and more would be infinite."""
+    if any_size:
+        unit = centred.abs().amax(1, keepdim=True).clamp(min=1)
+        return unit * _deviation(centred / unit, size, False)
+    return (centred.square().sum(1, keepdim=True) / (size - 1)).sqrt()
+
+
 def group_advantages(
     rewards: torch.Tensor,
     *,
@@ -58,21 +66,25 @@ def group_advantages(
     scale: str = "std",
     baseline: str = "mean",
 ) -> torch.Tensor:
-    """(r - baseline) / (std + 1e-4) within each group, std with n - 1; or r - baseline."""
-    centred = centre(rewards, baseline, group_size=group_size, offsets=offsets)
+    """(r - baseline) / (std + 1e-4) within each group, std with n - 1; or r - baseline.
+
+    In float64, as this is also what runs on a GPU: float32's sum of 8 rewards of 1e7 is off by units, and its squares
+    of 1e20 are infinite.
+    """
+    exact = widened(rewards)
+    centred = centre(exact, baseline, group_size=group_size, offsets=offsets)
     if scale == "none":
-        return centred
+        return centred.to(rewards.dtype)
     if scale != "std":
         raise ValueError(f"scale: wanted 'none' or 'std', got {scale!r}")
-    deviations, mask = to_groups(centre(rewards, "mean", group_size=group_size, offsets=offsets), group_size, offsets)
-    size = mask.sum(1, keepdim=True)
-    std = (deviations.square().sum(1, keepdim=True) / (size - 1)).sqrt()
-    return centred / from_groups((std + STD_EPS).expand_as(deviations), mask, offsets)
+    deviations, mask = to_groups(centre(exact, "mean", group_size=group_size, offsets=offsets), group_size, offsets)
+    std = _deviation(deviations, mask.sum(1, keepdim=True), rewards.dtype == torch.float64)
+    return (centred / from_groups((std + STD_EPS).expand_as(deviations), mask, offsets)).to(rewards.dtype)
 
 
 def policy_gradient_loss(logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """-mean A_i l_i."""
-    return reduced(-advantages * logps, "mean")
+    """-mean A_i l_i; a log-prob of -inf is paid for by its advantage: 0 where that is 0."""
+    return reduced(product(-advantages, logps), "mean")
 
 
 def group_loss(
@@ -87,9 +99,13 @@ def group_loss(
     baseline: str = "loo",
     bonus: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """-mean A_i l_i, A_i = S_i - baseline + bonus_i, S_i = r_i - alpha sg(l_i) + beta f_i."""
-    shaped = rewards - alpha * logps.detach()
-    if ref_logps is not None:
+    """-mean A_i l_i, A_i = S_i - baseline + bonus_i, S_i = r_i - alpha sg(l_i) + beta f_i.
+
+    NaN or infinite on purpose: the coefficients of a group that holds an infinite S_i, as its mean is infinite, and the
+    loss with them. Other groups keep theirs, and so does the group where alpha or beta, the weight of -inf, is 0.
+    """
+    shaped = rewards - alpha * logps.detach() if alpha else rewards
+    if ref_logps is not None and beta:
         shaped = shaped + beta * ref_logps
     advantages = centre(shaped, baseline, group_size=group_size, offsets=offsets)
     if bonus is not None:
@@ -107,9 +123,12 @@ def variance_loss(
     group_size: int | None = None,
     offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over groups of sum_i d_i^2 / (2 (k - 1)), d_i the group-centred alpha l_i - beta f_i - r_i."""
+    """Mean over groups of sum_i d_i^2 / (2 (k - 1)), d_i the group-centred alpha l_i - beta f_i - r_i.
+
+    NaN or infinite on purpose: as group_loss.
+    """
     residual = alpha * logps - rewards
-    if ref_logps is not None:
+    if ref_logps is not None and beta:
         residual = residual - beta * ref_logps
     centred = centre(residual, "mean", group_size=group_size, offsets=offsets)
     d, mask = to_groups(centred, group_size, offsets)

@@ -56,8 +56,10 @@ def _from_scores(z: torch.Tensor, targets: torch.Tensor, ignore_index: int, entr
     zero = torch.zeros((), dtype=z.dtype, device=z.device)
     h = ss = None
     if entropy:
-        # A masked logit (-inf) has p log p = 0; filling keeps 0 * -inf out of both directions.
-        h = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+        # A masked logit has p log p = 0; filling keeps 0 * -inf out of both directions. Not of -inf alone: under the
+        # dtype's least number, a mask fill too, the backward's product with a coefficient above 1 overflows.
+        p = log_p.exp()
+        h = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
         h = torch.where(counted, h, zero)
     if sum_sq:
         ss = torch.where(counted, torch.logsumexp(2 * log_p.detach(), dim=-1), zero)

@@ -21,9 +21,13 @@ def pair_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """-(1 - e) log s(h) - e log s(-h), h = alpha (l_w - l_l) - beta (f_w - f_l), e = label_smoothing."""
+    """-(1 - e) log s(h) - e log s(-h), h = alpha (l_w - l_l) - beta (f_w - f_l), e = label_smoothing.
+
+    An infinite margin h has the limits, 0 or infinity and slopes of 0 or alpha. NaN on purpose: infinity less infinity
+    in h, where both responses, or a response for policy and reference, have a log-prob of -inf.
+    """
     h = alpha * (chosen - rejected)
-    if ref_chosen is not None and ref_rejected is not None:
+    if ref_chosen is not None and ref_rejected is not None and beta:
         h = h - beta * (ref_chosen - ref_rejected)
     losses = -F.logsigmoid(h)
     if label_smoothing:

@@ -6,14 +6,15 @@ import torch
 
 
 def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """out_s = sum of values[cu_seqlens[s] : cu_seqlens[s + 1]]; half precision is summed in float32.
+    """out_s = sum of values[cu_seqlens[s] : cu_seqlens[s + 1]], summed in float64; float32 where values are half.
 
     Args:
         values: (N,) floating point.
         cu_seqlens: (S + 1,) int32 or int64, from 0 to N.
     """
-    if values.dtype in (torch.float16, torch.bfloat16):
-        values = values.float()
+    dtype = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
     if cu_seqlens.numel() == 1:
-        return values.sum().reshape(1)[:0]  # S = 0: empty, with the graph connected
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0.0, unsafe=True)
+        return values.sum().to(dtype).reshape(1)[:0]  # S = 0: empty, with the graph connected
+    # It adds one value after another. In float32 131,072 values near -2.3 came out 75 off, and 20 million ones as 2^24.
+    total = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long(), initial=0.0, unsafe=True)
+    return total.to(dtype)

@@ -118,14 +118,14 @@ def _spl_claims(rows: Rows) -> list[Claim]:
 def _travellers(seed: int, groups: int) -> Callable[[Batch], torch.Tensor]:
     """Rewards of a batch: each group of answers is for one traveller, whose country the model is not told."""
     generator = torch.Generator().manual_seed(seed)
-    countries, weights = list(WANTED), torch.tensor(list(WANTED.values()))
+    countries, weights = list(WANTED), torch.tensor(list(WANTED.values()), dtype=torch.float32, device="cpu")
 
     def rewards(batch: Batch) -> torch.Tensor:
         drawn = torch.multinomial(weights, groups, replacement=True, generator=generator).tolist()
         per_group = len(batch.answers) // groups
         wanted = [countries[g] for g in drawn for _ in range(per_group)]
         hits = [a.city is not None and a.city.country == w for a, w in zip(batch.answers, wanted, strict=True)]
-        return torch.tensor(hits, dtype=torch.float32)
+        return torch.tensor(hits, dtype=torch.float32, device="cpu")
 
     return rewards
 
@@ -133,8 +133,8 @@ def _travellers(seed: int, groups: int) -> Callable[[Batch], torch.Tensor]:
 def pass_wanted(seen: Evaluation, k: int) -> float:
     """Chance that k answers hold a city in a traveller's country, over the travellers of WANTED."""
     by_country = Counter(a.city.country for a in seen.answers if a.city)
-    hits = torch.tensor([by_country[c] for c in WANTED])
-    weights = torch.tensor(list(WANTED.values()), dtype=torch.float64)
+    hits = torch.tensor([by_country[c] for c in WANTED], dtype=torch.int64, device="cpu")
+    weights = torch.tensor(list(WANTED.values()), dtype=torch.float64, device="cpu")
     return float(weights @ qf.metrics.pass_at_k(len(seen.answers), hits, k))
 
 

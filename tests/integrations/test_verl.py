@@ -150,6 +150,31 @@ def test_verls_own_forward_runs_through_the_slots(backend: str) -> None:
     assert out.log_probs.shape == ((9,) if backend == "triton" else (1, 9))
 
 
+def test_the_gradient_of_the_slots_can_be_made_exact() -> None:
+    """In bfloat16 two equal calls give two gradients, unless the generator is set before each, or grad is "exact"."""
+    g = torch.Generator().manual_seed(0)
+    weight, labels = torch.randn(4000, 16, generator=g).bfloat16(), torch.arange(40)
+    hidden = weight[:40].clone().requires_grad_()
+
+    def gradient(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        logps, entropy = triton_slot.linear_cross_entropy(hidden, weight, labels)
+        return torch.autograd.grad(logps.sum() + entropy.sum(), hidden)[0]
+
+    try:
+        ours.use_fused_logps(tau=0.1)
+        assert not torch.equal(gradient(1), gradient(2))
+        assert torch.equal(gradient(1), gradient(1))
+        ours.use_fused_logps(grad="exact")
+        assert torch.equal(gradient(1), gradient(2))
+        with pytest.raises(ValueError, match=r"^grad: wanted 'auto'"):
+            ours.use_fused_logps(grad="some")
+        with pytest.raises(ValueError, match=r"^tau: wanted None"):
+            ours.use_fused_logps(grad="exact", tau=0.1)
+    finally:
+        ours.use_fused_logps()
+
+
 def test_the_slots_are_ours_and_callers_look_them_up_when_they_run() -> None:
     assert triton_slot.linear_cross_entropy is ours.linear_cross_entropy
     for name in ("forward_with_torch_backend", "forward_with_triton_backend"):

@@ -2,6 +2,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 #include "qempo/cpu.h"
 
@@ -12,16 +14,18 @@
 namespace qempo::cpu {
 namespace {
 
+// QEMPO_CPU_ISA bounds it from above, so that one value serves machines of several kinds.
 Isa best() {
-  Isa level = runs_here(Isa::avx512) ? Isa::avx512 : runs_here(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+  const Isa level = runs_here(Isa::avx512) ? Isa::avx512 : runs_here(Isa::avx2) ? Isa::avx2 : Isa::baseline;
   const char* asked = std::getenv("QEMPO_CPU_ISA");
-  if (!asked) return level;
+  if (!asked || !*asked) return level;
   for (Isa candidate : {Isa::baseline, Isa::avx2, Isa::avx512})
-    if (!std::strcmp(asked, isa_name(candidate)) && candidate < level) level = candidate;
-  return level;
+    if (!std::strcmp(asked, isa_name(candidate))) return candidate < level ? candidate : level;
+  throw std::invalid_argument(std::string("QEMPO_CPU_ISA: wanted baseline, avx2 or avx512, got ") + asked);
 }
 
 std::atomic<Isa>& current() {
+  // If best() throws, nothing is set and the next call reads again.
   static std::atomic<Isa> level{best()};
   return level;
 }

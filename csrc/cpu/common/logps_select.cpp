@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -48,14 +49,20 @@ std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, in
   struct Found {
     int64_t begin, count;
     uint64_t expected;  // in units of 2^-32: the sum is the same for any number of threads
+    bool broken;        // a bound is NaN
   };
   std::vector<Found> found(std::max(threads, 1));
   auto part = [&](int thread, int64_t begin, int64_t end) {
     int64_t count = begin;
     uint64_t expected = 0;
+    bool broken = false;
     for (int64_t j = begin; j < end; ++j) {
       double log_u = statistic[j];
-      for (int64_t c = 1; c < copies; ++c) log_u = std::max<double>(log_u, statistic[c * vocabulary + j]);
+      for (int64_t c = 1; c < copies; ++c) {
+        const double other = statistic[c * vocabulary + j];
+        if (!(other <= log_u) && log_u == log_u) log_u = other;  // NaN stays
+      }
+      broken |= log_u != log_u;
       const double draw = uniform(key, static_cast<uint64_t>(first_column + j));
       // Nine columns in ten end here: exp took most of the time.
       if (entropy < 0 && !forced[j] && log_u < 0 && draw * tau >= above_exp(log_u)) {
@@ -64,7 +71,7 @@ std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, in
       }
       double u = std::exp(log_u);
       // x (1 - log x) rises on (0, 1]: the column's largest softmax bound also bounds its entropy gradient.
-      if (entropy >= 0) u = u > 0 ? std::min(u, 1.0) * (1 - std::min(log_u, 0.0) + entropy) : 0;
+      if (entropy >= 0) u = u > 0 ? std::min(u, 1.0) * (1 - std::min(log_u, 0.0) + entropy) : u;
       // A NaN bound keeps its column, so that a NaN logit shows in the gradient.
       const double q = forced[j] || !(u < tau) ? 1.0 : u / tau;
       expected += static_cast<uint64_t>(q * 0x1p32);
@@ -72,19 +79,23 @@ std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, in
       kept[count] = j;
       inverse[count++] = static_cast<A>(1 / q);
     }
-    found[thread] = {begin, count - begin, expected};
+    found[thread] = {begin, count - begin, expected, broken};
   };
   parallel(threads, vocabulary, part);
   int64_t total = 0;
   uint64_t expected = 0;
-  for (const auto& [begin, count, part_expected] : found) {
+  bool broken = false;
+  for (const auto& [begin, count, part_expected, part_broken] : found) {
     expected += part_expected;
+    broken |= part_broken;
     if (total < begin) {
       std::copy(kept + begin, kept + begin + count, kept + total);
       std::copy(inverse + begin, inverse + begin + count, inverse + total);
     }
     total += count;
   }
+  // More than any share of the vocabulary: a row of NaN has a gradient of NaN in every column.
+  if (broken) return {total, std::numeric_limits<double>::infinity()};
   return {total, static_cast<double>(expected) * 0x1p-32};
 }
 

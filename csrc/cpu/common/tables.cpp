@@ -6,12 +6,12 @@
 
 namespace qempo::cpu {
 
-// Other architectures have the baseline alone.
+// Other architectures have the baseline alone; isa() still refuses a word that names none.
 #if defined(__x86_64__)
 #define QEMPO_TABLE(table) \
   (isa() == Isa::avx512 ? avx512::table() : isa() == Isa::avx2 ? avx2::table() : baseline::table())
 #else
-#define QEMPO_TABLE(table) baseline::table()
+#define QEMPO_TABLE(table) (isa(), baseline::table())
 #endif
 
 const DppKernels& dpp_kernels() { return QEMPO_TABLE(dpp_kernels); }

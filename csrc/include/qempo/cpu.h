@@ -7,7 +7,8 @@ namespace qempo::cpu {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// Best level this processor runs; QEMPO_CPU_ISA lowers it. use_isa() is for tests: false if it cannot run here.
+// Best level this processor runs; QEMPO_CPU_ISA lowers it, and a word that names none throws std::invalid_argument.
+// use_isa() is for tests: false if it cannot run here.
 Isa isa();
 bool use_isa(Isa level);
 bool runs_here(Isa level);

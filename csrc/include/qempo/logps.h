@@ -27,7 +27,7 @@ struct Head {
 // Running statistics of each row, (n) each; entropy and sum_sq parts may be null.
 template <class A>
 struct RowStats {
-  A* max;           // largest logit so far
+  A* max;           // largest logit so far; NaN counts nowhere here and makes every sum NaN
   A* sum;           // sum exp(z - max)
   A* sum_z;         // sum (z - max) exp(z - max), or null
   A* sum_sq;        // sum exp(2 (z - max)), or null
@@ -42,7 +42,7 @@ using LogpsForward = void (*)(const Tile&, const Head<A>&, const int64_t* target
 
 template <class A>
 struct RowGrads {
-  const A* lse;           // (n)
+  const A* lse;           // (n, 2) max z and log sum exp(z - max): their rounded sum loses the digits of the second
   const A* grad;          // (n) dloss / dlogp
   const A* grad_h;        // (n) dloss / dentropy, or null
   const A* entropy;       // (n), or null with grad_h
@@ -70,7 +70,7 @@ const LogpsKernels& logps_kernels();
 // of log u as the forward left them, reduced here. Column j is kept with probability q = min(1, u' / tau), u' = u, or u
 // (1 - log u + entropy) where entropy >= 0; columns with forced[j] != 0 always. Uniform numbers are a function of
 // (seed, chunk, first_column + j) alone. Writes kept indices, ascending, and 1 / q, into room for vocabulary of them;
-// returns how many, and how many were to be expected (the sum of q, to 6%).
+// returns how many, and how many were to be expected (the sum of q, to 6%; infinity where a bound is NaN).
 template <class A>
 std::pair<int64_t, double> select_columns(const A* statistic, int64_t copies, int64_t vocabulary, double tau,
                                           double entropy, const uint8_t* forced, uint64_t seed, int64_t chunk,

@@ -58,7 +58,9 @@ class QualityConstraintCallback(TrainerCallback, ExportableState):  # type: igno
 
     @buffers.setter
     def buffers(self, saved: Mapping[str, Any]) -> None:
-        self.constraint.load_state_dict({name: torch.tensor(x) for name, x in saved.items()})
+        # In float64: torch's default dtype would round what a checkpoint holds.
+        states = {name: torch.tensor(x, dtype=torch.float64, device="cpu") for name, x in saved.items()}
+        self.constraint.load_state_dict(states)
 
     def state(self) -> dict[str, Any]:
         settings = {name: getattr(self.constraint, name) for name in _SETTINGS}

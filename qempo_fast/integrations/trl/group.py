@@ -141,9 +141,14 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
             _check.bad_value("args.beta", f"0 with loss={self._loss_name!r}, which has no beta", args.beta)
         settings = self._settings(constraint)
         size = args.num_generations
-        zeros = torch.zeros(size)
-        stand_in = {"logps": zeros, "ref_logps": zeros, "rewards": torch.arange(size) / size, "group_size": size}
-        stand_in = method.reads(stand_in | {"embeddings": torch.eye(size)})
+        zeros = torch.zeros(size, dtype=torch.float32, device="cpu")
+        stand_in = {
+            "logps": zeros,
+            "ref_logps": zeros,
+            "rewards": torch.arange(size, dtype=torch.int64, device="cpu") / size,
+            "group_size": size,
+        }
+        stand_in = method.reads(stand_in | {"embeddings": torch.eye(size, dtype=torch.float32, device="cpu")})
         tried(lambda: method.loss(**stand_in, **settings))
         tell_where_kl_is_qempo(method, settings, constraint)
         _tell_where_sampling_is_cut(args, method.name)

@@ -67,7 +67,7 @@ class OfflineGroupTrainer(ScoreTrainer):
             _check.positive(name, kw[name])
         self._alpha_beta = tried(lambda: method.alpha_beta(kw))
         tell_where_kl_is_qempo(method, kw)
-        stand_in = torch.zeros(2)
+        stand_in = torch.zeros(2, dtype=torch.float32, device="cpu")
         qf.variance_loss(stand_in, stand_in, stand_in, group_size=2, **self._alpha_beta._asdict())
         super().__init__(model, ref_model, args, reference=self._alpha_beta.beta > 0, fused=fused, **kwargs)
         if kwargs.get("data_collator") is None:
@@ -124,8 +124,12 @@ class GroupCollator:
         for example in examples:
             prompt = example["prompt_ids"]
             for ids in example["response_ids"]:
-                rows.append(torch.tensor((prompt + ids)[: self.max_length]))
-                masks.append(torch.tensor(([0] * len(prompt) + [1] * len(ids))[: self.max_length]))
+                rows.append(torch.tensor((prompt + ids)[: self.max_length], dtype=torch.int64, device="cpu"))
+                masks.append(
+                    torch.tensor(
+                        ([0] * len(prompt) + [1] * len(ids))[: self.max_length], dtype=torch.int64, device="cpu"
+                    )
+                )
             rewards += example["rewards"]
             offsets.append(len(rows))
         attention = [torch.ones_like(row) for row in rows]
@@ -133,6 +137,6 @@ class GroupCollator:
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence(attention, batch_first=True),
             "completion_mask": pad_sequence(masks, batch_first=True),
-            "rewards": torch.tensor(rewards, dtype=torch.float32),
-            "offsets": torch.tensor(offsets),
+            "rewards": torch.tensor(rewards, dtype=torch.float32, device="cpu"),
+            "offsets": torch.tensor(offsets, dtype=torch.int64, device="cpu"),
         }

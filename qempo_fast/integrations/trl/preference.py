@@ -167,7 +167,7 @@ class PreferenceTrainer(ScoreTrainer):
         refuse_unknown(
             loss, self._kwargs, (*self._method.settings, *(("n_weak",) if self._method.takes("weak") else ()))
         )
-        stand_in = torch.zeros(2 + n_weak, 1)
+        stand_in = torch.zeros(2 + n_weak, 1, dtype=torch.float32, device="cpu")
         tried(lambda: self._value(stand_in, stand_in))
         tell_where_kl_is_qempo(self._method, self._kwargs)
         self._alpha_beta = self._method.alpha_beta(self._kwargs)

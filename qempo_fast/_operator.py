@@ -1,0 +1,56 @@
+"""Operators of torch's library that are differentiable wherever torch differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _check
+
+
+def differentiable(operator: Any, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """operator with this backward pass, to be called instead of it.
+
+    An operator's own autograd knows neither functorch (torch.func.grad raises) nor forward-mode AD, where its tangent
+    is 0 without a word. An autograd function takes the one, by rules that torch derives, and refuses the other.
+    """
+    operator.register_autograd(backward, setup_context=setup)
+    node: Any = type(
+        operator._name.rpartition("::")[2],
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(lambda *args: operator(*args)),
+            "setup_context": staticmethod(setup),
+            "backward": staticmethod(backward),
+            "generate_vmap_rule": True,
+        },
+    )
+
+    def call(*args: Any) -> Any:
+        return node.apply(*args) if _check.transformed() and not _functionalizes() else operator(*args)
+
+    return call
+
+
+def scalar(x: float | None) -> torch.Tensor | None:
+    """x as an operator takes a number: () float64 on the CPU, where reading it stalls no GPU.
+
+    A float of a schema is a constant of the graph, and the ninth value of a temperature or a multiplier raises under
+    fullgraph=True. torch.compile keeps a float that changes where it is a factor of a tensor, and not in scalar_tensor
+    or full.
+    """
+    return None if x is None else torch.ones((), dtype=torch.float64, device="cpu") * float(x)
+
+
+def number(name: str, x: torch.Tensor) -> float:
+    """What scalar() was made of. An operator that reads one is unsafe in a CUDA graph, which would keep the first."""
+    _check.tensor(name, x, dtypes=(torch.float64,), shape=())
+    return float(x.item())
+
+
+def _functionalizes() -> bool:
+    """Whether the innermost transform is functionalize, which has a rule for operators and none for functions."""
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None and stack.key() == torch._C._functorch.TransformType.Functionalize
