@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ._common import Signature
 from ._launch import cdiv
-from ._loss import number, product, spans, total, uncovered
+from ._loss import number, spans, total, uncovered
 from ._loss_launch import LAUNCH, bits, block_of, flat, launch, scalar, tile
 
 
@@ -82,7 +82,8 @@ def _group_loss_kernel(
             if bonus_ptr is not None:
                 a += tl.load(bonus_ptr + at, mask=live, other=0.0).to(tl.float64)
             coef = -a * share
-            loss += tl.sum(tl.where(live, product(coef, own), 0.0), 1)
+            # What weighs nothing pays nothing, though its log-prob be infinite.
+            loss += tl.sum(tl.where(live & (coef != 0), coef * own, 0.0), 1)
         tl.store(coef_ptr + at, coef.to(coef_ptr.dtype.element_ty), mask=live)
     value = tl.sum(loss, 0)
     if pid == 0:

@@ -24,9 +24,8 @@ def dense(name: str, x: Any) -> Any:
 
     For arguments that need no graph. What it cannot make readable it refuses by name.
     """
-    # Nearly every call. is_neg: a view that torch negates when it is read, and C++ would not. What has no strides says
-    # that it is not contiguous, or has no address.
-    if type(x) is _Tensor and x.is_contiguous() and not x.is_neg():
+    # Nearly every call. is_neg: a view that torch negates when it is read, and C++ would not.
+    if type(x) is _Tensor and x.layout is torch.strided and x.is_contiguous() and not x.is_neg():
         return x
     return None if x is None else owned(name, x).contiguous()
 

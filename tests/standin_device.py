@@ -43,6 +43,9 @@ class OnDevice(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def trigger_wait(self) -> OnDevice:
+        return self  # to the library a wrapper that can be read, as the result of a collective is
+
     def get_device(self) -> int:
         return -1  # as on the CPU: to launchers, what has a number has streams
 

@@ -278,7 +278,7 @@ def test_bad_input(path: str, tmp_path: Path) -> None:
         ({}, {"loss": "grpo", "callbacks": [holder]}, "loss: wanted one that takes a QualityConstraintCallback"),
         ({}, {"loss": "dqo"}, "embedder: wanted a callable"),
         ({}, {"loss": "qempo", "loss_kwargs": {"lam": 0.0}}, "lam: wanted"),
-        ({}, {"loss": "rspo", "loss_kwargs": {"k": 5}}, "group_size: wanted groups of at least 5"),
+        ({}, {"loss": "rspo", "loss_kwargs": {"k": 5}}, "k: wanted at most 4"),
         ({"beta": 0.1}, qempo, "args.beta: wanted 0 with loss='qempo'"),
         ({"loss_type": "grpo"}, qempo, "args.loss_type: wanted it left out, since loss='qempo' does not read it"),
         (

@@ -48,6 +48,8 @@ def test_how_often_the_host_waits_for_a_sampled_step(
     monkeypatch.setattr(_check, "readable", lambda tensor: False)  # as for a tensor on a GPU
     monkeypatch.setattr(TritonPass, "sizes", lambda self, sampled, hidden=None: TileSizes(48, 96, block=block))
     monkeypatch.setattr("qempo_fast.logps.linear._seed", lambda: 5)  # reads a CPU tensor, which waits for nothing
+    # The mode that looks on here would make the call an operator's.
+    monkeypatch.setattr(_check, "_modes", lambda: 0)
     with Reads(monkeypatch) as forward:
         out = qf.linear_logps(*leaves, x.targets, entropy=True, grad="sampled", tau=0.9, backend="triton")
     stats = qf.last_stats()

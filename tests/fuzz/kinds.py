@@ -83,7 +83,10 @@ _FAKE = (
     "Multiple dispatch failed|as_subclass"
 )
 # Nothing in Python tells one from a plain tensor; outside of torch's own functionalisation nobody holds one.
-_BARE = "native code wants .* without memory|unallocated storage|INTERNAL ASSERT FAILED"
+_BARE = (
+    "native code wants .* without memory|unallocated storage|INTERNAL ASSERT FAILED|version_counter for inference|"
+    "convert all Tensors to FakeTensors"
+)
 
 KINDS = {
     "parameter": Kind(lambda x: torch.nn.Parameter(x.clone(), requires_grad=False), 2, good=True),

@@ -268,7 +268,10 @@ def _faked(function: Function, arguments: Arguments) -> Results:
         return called(function, fakes)
 
 
-_FUNCTORCH = "functorch|vmap|[Bb]atching|setup_context|once_differentiable|[Ff]unctionalize|not supported|UserWarning"
+_FUNCTORCH = (
+    "functorch|vmap|[Bb]atching|setup_context|once_differentiable|[Ff]unctionalize|not supported|UserWarning|"
+    "incompatible with mkldnn|Multiple dispatch failed"
+)
 MODES = {
     "plain": Mode(called, 100),
     "no_grad": Mode(_around(torch.no_grad, False), 8),
@@ -293,7 +296,7 @@ MODES = {
     "vmap": Mode(_vmap, 2, _FUNCTORCH, good=False),
     "functionalize": Mode(_functionalize, 2, _FUNCTORCH, good=False),
     "make_fx": Mode(_make_fx, 1, "prim::layout", good=False),
-    "jit": Mode(_jit, 1, good=False),
+    "jit": Mode(_jit, 1, "Tensor that requires grad as a constant", good=False),
     "triton": Mode(_around(lambda: _environment("QEMPO_BACKEND", "triton")), 0.5),
     # A second each.
     "compile_eager": Mode(_compiled("eager"), 0.1),

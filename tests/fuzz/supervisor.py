@@ -47,6 +47,13 @@ class Tally:
     def calls(self) -> int:
         return sum(self.verdicts.values())
 
+    def join(self, other: Tally) -> None:
+        self.verdicts += other.verdicts
+        self.modes += other.modes
+        self.changes += other.changes
+        self.faults += other.faults
+        self.seconds += other.seconds
+
     def add(self, line: str, kind: str, detail: str = "") -> None:
         spec = Spec.parse(line)
         self.verdicts[spec.function, kind] += 1
