@@ -25,6 +25,8 @@ class Reads(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.found: list[str] = []
+        # A mode that looks on would make the call an operator's.
+        monkeypatch.setattr(_check, "_modes", lambda: 0)
         tolist = torch._C.TensorBase.tolist
         monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (self.found.append("tolist"), tolist(t))[1])
 
@@ -48,8 +50,6 @@ def test_how_often_the_host_waits_for_a_sampled_step(
     monkeypatch.setattr(_check, "readable", lambda tensor: False)  # as for a tensor on a GPU
     monkeypatch.setattr(TritonPass, "sizes", lambda self, sampled, hidden=None: TileSizes(48, 96, block=block))
     monkeypatch.setattr("qempo_fast.logps.linear._seed", lambda: 5)  # reads a CPU tensor, which waits for nothing
-    # The mode that looks on here would make the call an operator's.
-    monkeypatch.setattr(_check, "_modes", lambda: 0)
     with Reads(monkeypatch) as forward:
         out = qf.linear_logps(*leaves, x.targets, entropy=True, grad="sampled", tau=0.9, backend="triton")
     stats = qf.last_stats()

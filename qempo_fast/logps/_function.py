@@ -110,7 +110,7 @@ class LinearLogps(torch.autograd.Function):
         ctx.kept, ctx.tiles, ctx.options, ctx.logits = kept, tiles, options, logits
         ctx.set_materialize_grads(False)
         # A copy of the entropy: who edits what is returned leaves alone what the backward reads.
-        outputs = [stats.logps(), None if entropy is None else entropy.clone(), stats.log_sum_sq()]
+        outputs = [stats.logps(lse), None if entropy is None else entropy.clone(), stats.log_sum_sq()]
         full = [None if x is None else scatter(x, live, n) for x in outputs]
         if full[2] is not None:
             ctx.mark_non_differentiable(full[2])

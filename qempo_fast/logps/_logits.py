@@ -44,7 +44,7 @@ def forward(
     if len(z):
         tiles.forward(Tile(z, None, inv_temperature, targets), stats, None, None, 0, options)
     lse = stats.lse()
-    return torch.where(counted, stats.logps(), lse.new_zeros(())), stats.entropy(), lse
+    return torch.where(counted, stats.logps(lse), lse.new_zeros(())), stats.entropy(), lse
 
 
 def backward(

@@ -45,8 +45,9 @@ class RowStats:
         """
         return torch.stack((self.max, self.sum.log()), 1)
 
-    def logps(self) -> torch.Tensor:
-        return (self.target - self.max).sub_(self.sum.log())
+    def logps(self, lse: torch.Tensor) -> torch.Tensor:
+        """The target's, from lse()."""
+        return (self.target - self.max).sub_(lse[:, 1])
 
     def entropy(self) -> torch.Tensor | None:
         # H = lse - E[z] = log sum - E[z - max]: no max is left in it.

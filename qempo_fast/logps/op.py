@@ -118,7 +118,7 @@ def linear_logps_fwd(
     head = head_of(hidden, weight, bias, targets, inv_temperature, live)
     stats, kept = driver_forward(tiles, head, options, 0)
     lse = stats.lse()
-    outputs = (stats.logps(), stats.entropy(), stats.log_sum_sq(), lse)
+    outputs = (stats.logps(lse), stats.entropy(), stats.log_sum_sq(), lse)
     full = [lse.new_empty(0) if x is None else scatter(x, live, n) for x in outputs]
     rows = 0 if tau is None else -(-n // chunk)
     return full[0], full[1], full[2], full[3], _scales(kept, rows, lse, vocabulary if rows else 0)
