@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.runtime.driver import driver
 
-from qempo_fast._door import pointer
+from qempo_fast._door import own
 
 from ._launch import cdiv, power_of_2, sizes_of
 
@@ -129,7 +129,7 @@ def launch(
                 return launch(kernel, programs, given, made, numbers, constants, warps, summed)
         stream = driver.active.get_current_stream(index)
     room = _room(programs, index, stream, first.device) if summed and programs > 1 else None
-    addresses = [x if x is None else pointer(x) for x in (*given, *made, room)]
+    addresses = [x if x is None else own(x) for x in (*given, *made, room)]
     # What torch has just allocated lies at multiples of 64 bytes and more.
     for address in addresses[: len(given)]:
         ends |= address or 0

@@ -194,6 +194,15 @@ def choice(name: str, x: Any, options: Sequence[str]) -> None:
         bad_value(name, " or ".join(repr(o) for o in options), repr(x))
 
 
+def gradient(grad: Any, tau: Any) -> None:
+    """Check linear_logps' choice of gradient."""
+    choice("grad", grad, ("auto", "exact", "sampled"))
+    if tau is not None:
+        number("tau", tau, low=0.0, high=1.0, open_low=True)
+        if grad == "exact":
+            bad_value("tau", "None with grad='exact'", tau)
+
+
 def offsets(name: str, x: Any, total: int, device: torch.device | None = None) -> None:
     """Check (n + 1,) int32/int64 offsets that start at 0, never fall and end at total."""
     tensor(name, x, dtypes=INTS, ndim=1, device=device)

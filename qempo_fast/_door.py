@@ -78,7 +78,9 @@ address, maybe = (_C.address, _C.maybe) if _native() else (_address, _maybe)
 
 
 def own(x: torch.Tensor) -> int:
-    """Address of memory that was just made like what dense() gave, by a call that says its size."""
+    """Address of memory just made like what dense() gave, by a call that says its size; and of what Triton is given,
+    whose kernels are typed by their tensors.
+    """
     at = x.data_ptr()
     # Made like a wrapper without entries, which has no address to miss, it is one as well.
     if not at and x.numel():
@@ -93,14 +95,6 @@ def tile(x: torch.Tensor, dtype: torch.dtype) -> tuple[int, int]:
     if x.dtype is not dtype or not x.is_cpu or (c > 1 and x.stride(1) != 1) or (at == 0 and n * c):
         _wrong(x, f"rows of {dtype} on the CPU, dense each")
     return at, stride
-
-
-def pointer(x: torch.Tensor) -> int:
-    """Address for Triton, whose kernels are typed by the tensors that they are given."""
-    at = x.data_ptr()
-    if at == 0 and x.numel():
-        _wrong(x, "memory of its own")
-    return at
 
 
 def aligned(x: torch.Tensor, bytes_: int) -> bool:

@@ -94,8 +94,6 @@ def _check_rows(groups: Any, tensors: Sequence[Any]) -> None:
     _check.present("groups", groups)
     for i, x in enumerate(tensors):
         name = f"tensors[{i}]"
-        if not isinstance(x, torch.Tensor):
-            _check.bad_type(name, "a tensor", type(x).__name__)
         _check.plain(name, x)
         if x.ndim == 0 or len(x) != len(groups):
             _check.bad_value(name, f"{len(groups)} rows, as groups", f"shape {tuple(x.shape)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from fuzz.kinds import Plain, Wrapper
 
 import qempo_fast as qf
 from qempo_fast import _door
@@ -48,27 +48,6 @@ def test_no_tensor_is_made_of_the_defaults_of_the_process() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-class Wrapper(torch.Tensor):
-    """A tensor whose memory is another's, as a DTensor's: its own address is null."""
-
-    @staticmethod
-    def __new__(cls, x: torch.Tensor) -> Wrapper:
-        return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.inner = x
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        inner = tree_map(lambda a: a.inner if isinstance(a, cls) else a, (args, kwargs or {}))
-        out = function(*inner[0], **inner[1])
-        return cls(out) if any(n in str(function) for n in ("view", "alias", "detach", "slice")) else out
-
-
-class Named(torch.Tensor):
-    """A subclass that is a tensor like any other."""
-
-
 def freed(x: torch.Tensor) -> torch.Tensor:
     out = x.clone()
     out.untyped_storage().resize_(0)
@@ -91,7 +70,7 @@ SAME: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
     "negated": lambda x: torch._neg_view(-x) if x.is_floating_point() else x,
     "parameter": lambda x: torch.nn.Parameter(x, requires_grad=x.is_floating_point()),
-    "subclass": lambda x: x.as_subclass(Named),
+    "subclass": lambda x: x.as_subclass(Plain),
     "inference": lambda x: torch.inference_mode()(x.clone)(),
 }
 # Not values that can be read.

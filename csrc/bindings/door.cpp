@@ -3,7 +3,6 @@
 // torch publishes a table of C functions by DLPack's exchange interface (torch.Tensor.__dlpack_c_exchange_api__), so
 // that this module needs neither torch's headers nor its library. Where a torch has none, Python does the same.
 #include <cstring>
-#include <string>
 #include <vector>
 
 #include "bindings.h"

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from .. import _check
-from .._door import owned
 
 
 def check_groups(embeddings: Any, log_quality: Any, offsets: Any, ridge: Any) -> None:
@@ -36,6 +35,6 @@ def check_values(embeddings: torch.Tensor, log_quality: torch.Tensor | None, off
     # Asked once: on a GPU it reads the environment, a microsecond each time.
     if not _check.readable(embeddings):
         return
-    _check.finite("embeddings", owned("embeddings", embeddings))
+    _check.finite("embeddings", embeddings)
     if log_quality is not None:
-        _check.finite("log_quality", owned("log_quality", log_quality))
+        _check.finite("log_quality", log_quality)

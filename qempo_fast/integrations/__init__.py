@@ -17,9 +17,5 @@ def missing(error: ModuleNotFoundError, extra: str) -> ImportError:
 
 def sampling(grad: Any, tau: Any) -> dict[str, Any]:
     """linear_logps' choice of gradient, checked when a framework's slot is filled and not at its first step."""
-    _check.choice("grad", grad, ("auto", "exact", "sampled"))
-    if tau is not None:
-        _check.number("tau", tau, low=0.0, high=1.0, open_low=True)
-        if grad == "exact":
-            _check.bad_value("tau", "None with grad='exact'", tau)
+    _check.gradient(grad, tau)
     return {"grad": grad, "tau": tau}

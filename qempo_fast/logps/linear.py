@@ -87,7 +87,7 @@ def linear_logps(
     with _sharded.checked_together(process_group, hidden, weight):
         hidden, weight, bias = _autocast(hidden, weight, bias)
         _check_head(hidden, weight, targets, bias, logit_scale, softcap, ignore_index)
-        _check_mode(grad, tau)
+        _check.gradient(grad, tau)
         _check.boolean("entropy", entropy)
         _check.boolean("sum_sq", sum_sq)
         inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(hidden.dtype))
@@ -200,7 +200,6 @@ def _check_head(
     _check.tensor("hidden", hidden)
     if hidden.ndim < 1 or hidden.shape[-1] == 0:
         _check.bad_value("hidden", "shape (..., D) with D > 0", tuple(hidden.shape))
-    _check.plain("hidden", hidden)
     _check.tensor("weight", weight, dtypes=(hidden.dtype,), shape=(-1, hidden.shape[-1]), device=hidden.device)
     if weight.shape[0] == 0:
         _check.bad_value("weight", "at least one row", tuple(weight.shape))
@@ -211,14 +210,6 @@ def _check_head(
     if softcap is not None:
         _check.positive("softcap", softcap)
     _check.integer("ignore_index", ignore_index, low=-(2**63))
-
-
-def _check_mode(grad: Any, tau: Any) -> None:
-    _check.choice("grad", grad, ("auto", "exact", "sampled"))
-    if tau is not None:
-        _check.number("tau", tau, low=0.0, high=1.0, open_low=True)
-        if grad == "exact":
-            _check.bad_value("tau", "None with grad='exact'", tau)
 
 
 def _wants_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -95,13 +95,22 @@ def _around(context: Callable[[], Any], differentiate: bool = True) -> Run:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def _held(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> Iterator[None]:
+    """A setting of torch's at a value, and what it was before afterwards."""
+    before = read()
+    write(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        write(before)
+
+
+def _default_dtype(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    return _held(torch.get_default_dtype, torch.set_default_dtype, dtype)
+
+
+def _threads(count: int) -> contextlib.AbstractContextManager[None]:
+    return _held(torch.get_num_threads, torch.set_num_threads, count)
 
 
 @contextlib.contextmanager
@@ -111,16 +120,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
