@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,9 +16,14 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+from . import _C
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
+_WIDE = (torch.float32, torch.float64)
 _INT64 = 2**63
+# Offsets that Python compares faster than torch does.
+_FEW = 256
 
 
 # What os.environ keeps. It says that a name is not set by raising and catching two errors, 0.7 microseconds a look, and
@@ -52,7 +58,7 @@ def traced(x: Any = None) -> bool:
         return True
     if _modes() or _transforms() or _jit() is not None or forward_ad._current_level >= 0:
         return True
-    return x is not None and ((type(x) is not torch.Tensor and _is_fake(x)) or x.is_meta)
+    return x is not None and ((type(x) is not _Tensor and _is_fake(x)) or x.is_meta)
 
 
 def transformed() -> bool:
@@ -60,6 +66,7 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and (_transforms() or forward_ad._current_level >= 0)
 
 
+_Tensor = torch.Tensor
 _compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
@@ -100,13 +107,16 @@ def tensor(
     name: str,
     x: Any,
     *,
-    dtypes: Sequence[torch.dtype] = FLOATS,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
     ndim: int | None = None,
-    shape: Sequence[int] | None = None,
+    shape: tuple[int, ...] | None = None,
     device: torch.device | None = None,
 ) -> None:
     """Check type, layout, dtype, rank, shape (-1 matches any size) and device of one tensor."""
-    if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested:
+    # Nearly every call: one look from C++ for all that follows, 0.2 microseconds instead of 1.2.
+    if not _compiling() and _C.fits(x, dtypes, ndim, shape) and (device is None or x.device == device):
+        return
+    if type(x) is not _Tensor or x.layout is not torch.strided or x.is_nested:
         plain(name, x)
     elif not torch.compiler.is_compiling() and _freed(x):
         bad_value(name, "a tensor with memory of its own", "one that has none, or whose storage was freed")
@@ -123,6 +133,15 @@ def tensor(
         bad_value(name, f"shape {wanted}", tuple(x.shape))
     if device is not None and x.device != device:
         bad_value(name, f"a tensor on {device}", f"one on {x.device}")
+
+
+def alike(tensors: tuple[Any, ...], *, vectors: bool = False) -> bool:
+    """Whether all are plain tensors of one device and one of float32 and float64; None may stand behind the first.
+
+    vectors: and of one dimension and one length. Nearly every loss, seen from C++ in half a microsecond, where checks
+    by name and casts take five. False may also mean that it cannot be said from there: those say it.
+    """
+    return not _compiling() and _C.alike(tensors, _WIDE, vectors)
 
 
 def finite(name: str, x: torch.Tensor) -> None:
@@ -210,10 +229,13 @@ def offsets(name: str, x: Any, total: int, device: torch.device | None = None) -
         bad_value(name, "at least one entry, the first 0", "an empty tensor")
     if not readable(x):
         return
-    if int(x[0]) != 0 or int(x[-1]) != total:
-        bad_value(name, f"offsets from 0 to {total}", f"from {int(x[0])} to {int(x[-1])}")
-    if bool((x[1:] < x[:-1]).any()):
-        bad_value(name, "offsets that never fall", x.tolist() if x.numel() <= 16 else "a fall")
+    # A few are read at once: 2 microseconds, where each of torch's operators takes 3.
+    few = x.tolist() if x.numel() <= _FEW else None
+    first, last = (few[0], few[-1]) if few else (int(x[0]), int(x[-1]))
+    if first != 0 or last != total:
+        bad_value(name, f"offsets from 0 to {total}", f"from {first} to {last}")
+    if any(map(operator.gt, few, few[1:])) if few else bool((x[1:] < x[:-1]).any()):
+        bad_value(name, "offsets that never fall", few if few and len(few) <= 16 else "a fall")
 
 
 def groups(
@@ -241,8 +263,11 @@ def groups(
         offsets("offsets", group_offsets, n, device)
         if not readable(group_offsets):
             return
-        sizes = group_offsets[1:] - group_offsets[:-1]
-        smallest = int(sizes.min()) if sizes.numel() else at_least
+        if group_offsets.numel() <= _FEW:
+            at = group_offsets.tolist()
+            smallest = min(map(operator.sub, at[1:], at), default=at_least)
+        else:
+            smallest = int((group_offsets[1:] - group_offsets[:-1]).min())
         if smallest < 1:
             bad_value("offsets", "groups of at least one sample", "an empty group")
     if smallest < at_least:

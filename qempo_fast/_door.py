@@ -64,7 +64,7 @@ def _unsuited(x: torch.Tensor, dtype: torch.dtype, count: int, device: int) -> N
 def _native() -> bool:
     """Whether this torch can be asked from C++: address() took 0.6 microseconds in Python, and a loss has eight."""
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    return exchange is not None and _C.use_tensors(exchange, _DLPACK, _unsuited)
+    return exchange is not None and _C.use_tensors(exchange, _Tensor, _DLPACK, _unsuited)
 
 
 # By DLPack's code of a kind, and bits.

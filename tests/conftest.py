@@ -51,3 +51,6 @@ def _seeded_and_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    # What a test leaves behind fails there, not in a file that happens to run after it.
+    left = torch.overrides._len_torch_function_stack(), torch.get_default_dtype()
+    assert left == (0, torch.float32), "a default device, a torch function mode or a default dtype was left on"

@@ -205,7 +205,7 @@ def test_the_defaults_of_the_process_do_not_matter(case: str) -> None:
     try:
         got = function(**given)
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
     torch.manual_seed(1)
     assert isinstance(got, torch.Tensor)
     assert torch.equal(got.detach(), right[0])

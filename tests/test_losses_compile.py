@@ -65,6 +65,13 @@ def test_one_graph(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(mine, want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["dqo", "spl", "advantages", "advantages, ragged"])
+def test_one_graph_under_a_default_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default device is a mode that every torch function passes; Dynamo cannot trace each of them below it."""
+    with torch.device("cpu"):
+        test_one_graph(name, "reference", monkeypatch)
+
+
 def test_inductor() -> None:
     d = data(torch.float32)
     d["w"].requires_grad_()

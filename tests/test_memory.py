@@ -14,7 +14,7 @@ from pathlib import Path
 import qempo_fast as qf
 torch.set_num_threads(1)
 mode, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-n, d, v = 4096, 256, 49152
+n, d, v = 1536, 128, 49152
 hidden = (3 * torch.randn(n, d) / d**0.5).to(dtype).requires_grad_()
 weight = torch.randn(v, d).to(dtype).requires_grad_()
 targets = torch.randint(0, v, (n,))
@@ -33,9 +33,9 @@ print(json.dumps([peak, qf.last_stats().kept_share]))
 """
 
 
-# The logits are 768 MiB in float32, the float32 copy of a bfloat16 dweight would be 48. Sampled bfloat16 holds a
-# float32 sum of the rows that some chunk kept: here nearly all of them. Alone on a machine the four take 60, 15, 32 and
-# 46 MiB; beside other work, which decides about huge pages and what malloc gives back, sampled float32 reached 94.
+# The logits are 288 MiB in float32 and 144 in bfloat16, whose products take minutes on processors that have none. Alone
+# on a machine the four take 44, 6, 24 and 9 MiB; beside other work, which decides about huge pages and what malloc
+# gives back, sampled float32 reached three times as much.
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("grad", "dtype", "most"),

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "qempo/segments.h"
+
 namespace qempo {
 
 namespace py = pybind11;
@@ -27,6 +29,11 @@ T* at(Maybe address) {
   static std::max_align_t nothing;
   if (!address) return nullptr;
   return *address ? at<T>(*address) : reinterpret_cast<T*>(&nothing);
+}
+
+// No offsets: segments of one size.
+inline cpu::Segments segments(Maybe offsets, bool wide, int64_t count, int64_t size) {
+  return {at<const void>(offsets), wide, count, size};
 }
 
 // Of functions that run long enough to let other Python threads work.

@@ -2,6 +2,7 @@
 //
 // torch publishes a table of C functions by DLPack's exchange interface (torch.Tensor.__dlpack_c_exchange_api__), so
 // that this module needs neither torch's headers nor its library. Where a torch has none, Python does the same.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -38,6 +39,7 @@ constexpr int kCpu = 1, kCuda = 2, kRocm = 10;
 struct Door {
   const DLExchange* torch = nullptr;
   std::vector<std::pair<PyObject*, DLDataType>> dtypes;
+  PyObject* type = nullptr;   // torch.Tensor
   PyObject* wrong = nullptr;  // called with (tensor, dtype, count, device), and raises
 };
 Door door;
@@ -88,6 +90,72 @@ PyObject* maybe(PyObject* self, PyObject* const* args, Py_ssize_t given) {
   return address(self, args, given);
 }
 
+bool among(const DLDataType& dtype, PyObject* objects) {
+  for (const auto& [object, kind] : door.dtypes)
+    if (std::memcmp(&kind, &dtype, sizeof(kind)) == 0)
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); ++i)
+        if (PyTuple_GET_ITEM(objects, i) == object) return true;
+  return false;
+}
+
+// shape: None, or a size of each dimension, -1 for any.
+bool shaped(const DLTensor& x, PyObject* shape) {
+  if (shape == Py_None) return true;
+  if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) != x.ndim) return false;
+  for (int i = 0; i < x.ndim; ++i) {
+    const int64_t wanted = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+    if (wanted != x.shape[i] && (wanted != -1 || PyErr_Occurred())) return false;
+  }
+  return true;
+}
+
+// Whether x is a torch.Tensor, and no subclass, whose memory torch shows.
+bool plain(PyObject* x, DLTensor& out) {
+  if (!door.torch || reinterpret_cast<PyObject*>(Py_TYPE(x)) != door.type) return false;
+  const bool read = door.torch->tensor_from(x, &out) == 0;
+  PyErr_Clear();
+  return read;
+}
+
+// (x, dtypes, ndim or None, shape or None): whether x is a plain tensor with memory of its own, of one of dtypes, and
+// shaped so. False may also mean that nobody can say from here.
+PyObject* fits(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  if (given != 4 || !PyTuple_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "fits: wanted (x, dtypes, ndim, shape)");
+    return nullptr;
+  }
+  DLTensor x{};
+  const bool good = plain(args[0], x) && among(x.dtype, args[1]) &&
+                    (args[2] == Py_None || PyLong_AsLong(args[2]) == x.ndim) && shaped(x, args[3]);
+  PyErr_Clear();
+  // null is the address of what is empty, and of freed memory.
+  return PyBool_FromLong(good && (x.data || std::count(x.shape, x.shape + x.ndim, 0)));
+}
+
+bool same(const DLTensor& a, const DLTensor& b, bool shapes) {
+  return std::memcmp(&a.dtype, &b.dtype, sizeof(a.dtype)) == 0 && a.device.type == b.device.type &&
+         a.device.id == b.device.id &&
+         (!shapes || (a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape)));
+}
+
+// (tensors, dtypes, vectors): whether all are plain tensors of one device and one of dtypes; None may stand behind the
+// first. vectors: and of one dimension and one length.
+PyObject* alike(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  if (given != 3 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "alike: wanted (tensors, dtypes, vectors)");
+    return nullptr;
+  }
+  const bool vectors = args[2] == Py_True;
+  DLTensor first{}, x{};
+  bool good = PyTuple_GET_SIZE(args[0]) && plain(PyTuple_GET_ITEM(args[0], 0), first) && among(first.dtype, args[1]) &&
+              (!vectors || first.ndim == 1);
+  for (Py_ssize_t i = 1; good && i < PyTuple_GET_SIZE(args[0]); ++i) {
+    PyObject* item = PyTuple_GET_ITEM(args[0], i);
+    good = item == Py_None || (plain(item, x) && same(first, x, vectors));
+  }
+  return PyBool_FromLong(good);
+}
+
 template <class F>
 constexpr PyCFunction fast(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -96,13 +164,15 @@ constexpr PyCFunction fast(F f) {
 PyMethodDef methods[] = {
     {"address", fast(&address), METH_FASTCALL, "Address of a dense tensor; raises for any other."},
     {"maybe", fast(&maybe), METH_FASTCALL, "The same, and None of None."},
+    {"fits", fast(&fits), METH_FASTCALL, "Whether a tensor has the dtype and shape that are asked for."},
+    {"alike", fast(&alike), METH_FASTCALL, "Whether tensors have one dtype and device."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-// Whether address() and maybe() can be used: capsule is torch.Tensor.__dlpack_c_exchange_api__, dtypes are (torch's
-// object, DLPack's code, bits).
-bool use_tensors(const py::capsule& capsule, const std::vector<std::tuple<py::object, int, int>>& dtypes,
-                 const py::object& wrong) {
+// Whether address() and maybe() can be used: capsule is torch.Tensor.__dlpack_c_exchange_api__, type torch.Tensor,
+// dtypes are (torch's object, DLPack's code, bits).
+bool use_tensors(const py::capsule& capsule, const py::object& type,
+                 const std::vector<std::tuple<py::object, int, int>>& dtypes, const py::object& wrong) {
   const auto* torch = static_cast<const DLExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!torch) throw py::error_already_set();
   if (torch->major != 1 || !torch->tensor_from) return false;
@@ -110,6 +180,7 @@ bool use_tensors(const py::capsule& capsule, const std::vector<std::tuple<py::ob
   for (const auto& [object, code, bits] : dtypes)
     door.dtypes.emplace_back(py::object(object).release().ptr(),
                              DLDataType{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1});
+  door.type = py::object(type).release().ptr();
   door.wrong = py::object(wrong).release().ptr();
   door.torch = torch;
   return true;

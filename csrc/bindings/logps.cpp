@@ -50,12 +50,24 @@ std::pair<int64_t, double> logps_select(bool f64, Address statistic, int64_t cop
   return f64 ? run(0.0) : run(0.f);
 }
 
+// Forward, or with the gradient of the sums, backward. False: the offsets do not cover n.
+bool segment_sum(bool f64, bool backward, Address from, int64_t n, Address offsets, bool wide, int64_t count,
+                 Address out, int threads) {
+  auto run = [&](auto as) {
+    using A = decltype(as);
+    return (backward ? spread_segments<A> : sum_segments<A>)(segments(offsets, wide, count, 0), at<const A>(from), n,
+                                                             at<A>(out), threads);
+  };
+  return f64 ? run(0.0) : run(0.f);
+}
+
 }  // namespace
 
 void bind_logps(py::module_& m) {
   m.def("logps_fwd", &logps_fwd, release());
   m.def("logps_bwd", &logps_bwd, release());
   m.def("logps_select", &logps_select, release());
+  m.def("segment_sum", &segment_sum, release());
 }
 
 }  // namespace qempo::cpu

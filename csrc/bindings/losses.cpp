@@ -24,11 +24,6 @@ const LossKernels<A>& kernels(Reader<A>) {
   return loss_kernels<A>();
 }
 
-// No offsets: groups of one size.
-Segments segments(Maybe offsets, bool wide, int64_t count, int64_t size) {
-  return {at<const void>(offsets), wide, count, size};
-}
-
 bool pair_loss(bool f64, int64_t rows, Address w, Address l, Maybe fw, Maybe fl, double alpha, double beta,
                double smoothing, int reduction, Address value, Address coef_w, Address coef_l, int threads) {
   return typed(f64, [&](auto as) {

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from .. import _C
+from .. import _C, _check
 from .._door import address, dense, maybe
 from .._door import tile as rows_of
+from . import _segment_sum
 from ._head import Draw, RowGrads, Tile
 from ._options import Options, TileSizes, accumulator
 from ._row_stats import RowStats
@@ -193,3 +194,34 @@ class CpuPass(TilePass):
 
 
 linear_logps = logps_from_logits = CpuPass
+
+
+def _segments(backward: bool, x: torch.Tensor, cu_seqlens: torch.Tensor, n: int, count: int) -> torch.Tensor:
+    """count sums, or their gradient for each of n tokens."""
+    x = x.to(accumulator(x.dtype))
+    out = torch.empty(count, dtype=x.dtype, device="cpu")
+    if not _C.segment_sum(
+        x.dtype == torch.float64,
+        backward,
+        address(x, x.dtype, x.shape[0]),
+        n,
+        address(cu_seqlens, cu_seqlens.dtype, cu_seqlens.shape[0]),
+        cu_seqlens.dtype == torch.int64,
+        cu_seqlens.shape[0] - 1,
+        address(out, x.dtype, count),
+        torch.get_num_threads(),
+    ):
+        _check.offsets("cu_seqlens", cu_seqlens, n)
+    return out
+
+
+def _sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    return _segments(False, values, cu_seqlens, len(values), len(cu_seqlens) - 1)
+
+
+def _spread(grad: torch.Tensor, cu_seqlens: torch.Tensor, n: int) -> torch.Tensor:
+    return _segments(True, grad, cu_seqlens, n, n)
+
+
+def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    return _segment_sum.segment_sum((_sums, _spread), values, cu_seqlens)

@@ -13,6 +13,7 @@ import torch
 from .. import _backends, _check
 from .._operator import differentiable, number
 from ..reference.once import once
+from ..reference.segments import spread
 from . import _logits
 from ._forward import forward as driver_forward
 from ._function import backward, head_of, live_rows, pick, scatter
@@ -313,12 +314,7 @@ def _segment_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _segment_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     (cu_seqlens,) = ctx.saved_tensors
-    if grad.shape[0] == 0:
-        return grad.new_full((ctx.n,), torch.nan, dtype=ctx.dtype), None, None
-    at = torch.searchsorted(cu_seqlens, torch.arange(ctx.n, device=grad.device, dtype=cu_seqlens.dtype), right=True) - 1
-    # Offsets that could not be checked may leave tokens in no segment.
-    held = (at >= 0) & (at < grad.shape[0])
-    return torch.where(held, grad[at.clamp(0, grad.shape[0] - 1)], torch.nan).to(ctx.dtype), None, None
+    return spread(grad, cu_seqlens, ctx.n).to(ctx.dtype), None, None
 
 
 segments = differentiable(segment_sum, _segment_setup, _segment_backward)

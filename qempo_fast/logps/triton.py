@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .._door import dense
 from ..kernels._launch import architecture, row
 from ..kernels.add_rows import add_rows, rows_out
 from ..kernels.linear_logps_fused import FEW, fused_fwd
@@ -17,6 +15,7 @@ from ..kernels.linear_logps_select import select_columns
 from ..kernels.linear_logps_targets import target_scores
 from ..kernels.linear_logps_tiles import COLUMN_ROWS, tile_fwd
 from ..kernels.segment_sum import segment_sum_bwd, segment_sum_fwd
+from . import _segment_sum
 from ._head import Draw, HeadTensors, RowGrads, Tile
 from ._options import Options, TileSizes, accumulator
 from ._policy import POLICIES, Policy
@@ -176,18 +175,5 @@ class TritonPass(TilePass):
 linear_logps = logps_from_logits = TritonPass
 
 
-class _SegmentSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        ctx.save_for_backward(cu_seqlens)
-        ctx.n, ctx.dtype = values.shape[0], values.dtype
-        return segment_sum_fwd(dense("values", values), dense("cu_seqlens", cu_seqlens))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return segment_sum_bwd(dense("grad", grad), *ctx.saved_tensors, ctx.n).to(ctx.dtype), None
-
-
 def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    return _SegmentSum.apply(values, cu_seqlens)
+    return _segment_sum.segment_sum((segment_sum_fwd, segment_sum_bwd), values, cu_seqlens)

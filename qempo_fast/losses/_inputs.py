@@ -12,47 +12,14 @@ from .. import _check
 
 REDUCTIONS = ("mean", "sum", "none")
 BASELINES = ("loo", "mean", "none")
-_Tensor, _WIDE = torch.Tensor, (torch.float32, torch.float64)
 
 
-def alike(tensors: Sequence[Any]) -> bool:
-    """Whether all are plain tensors of one device and one dtype that needs no cast; None may stand among them.
-
-    Nearly every call: found in a tenth of the time that checks by name and casts take.
-    """
-    first = tensors[0]
-    if type(first) is not _Tensor or first.dtype not in _WIDE:
-        return False
-    dtype, device = first.dtype, first.device
-    for x in tensors[1:]:
-        if x is not None and (type(x) is not _Tensor or x.dtype is not dtype or x.device != device):
-            return False
-    return True
-
-
-def _scores_alike(tensors: Sequence[Any]) -> bool:
-    """alike() of 1-D tensors of one shape, in one pass. Layouts are dense()'s to look at."""
-    first = tensors[0]
-    if type(first) is not _Tensor or first.ndim != 1 or first.dtype not in _WIDE:
-        return False
-    dtype, device, shape = first.dtype, first.device, first.shape
-    try:
-        for x in tensors[1:]:
-            if x is not None and (
-                type(x) is not _Tensor or x.dtype is not dtype or x.shape != shape or x.device != device
-            ):
-                return False
-    except RuntimeError:
-        return False  # a nested tensor has no shape to ask for
-    return True
-
-
-def scores(names: Sequence[str], tensors: Sequence[Any], policy: int = 1) -> Sequence[Any]:
+def scores(names: Sequence[str], tensors: tuple[Any, ...], policy: int = 1) -> Sequence[Any]:
     """1-D tensors, checked to have one length and device, in one dtype: the widest of the policy's, at least float32.
 
     The first `policy` are the policy's; another may be None.
     """
-    if _scores_alike(tensors):
+    if _check.alike(tensors, vectors=True):
         return tensors
     first = tensors[0]
     _check.tensor(names[0], first, ndim=1)

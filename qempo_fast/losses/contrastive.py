@@ -55,13 +55,11 @@ def epa_loss(
 
 def _fits(tensors: tuple[Any, ...]) -> bool:
     """Whether EPA's six need no cast and have their shapes."""
-    for x in tensors:
-        # A nested tensor has no shape to ask for.
-        if x is None or (isinstance(x, torch.Tensor) and x.is_nested):
-            return False
-    if not _inputs.alike(tensors):
+    if not _check.alike(tensors):
         return False
     one, two, three, ref_positive, ref_strong, ref_weak = tensors
+    if two is None or three is None or ref_positive is None or ref_strong is None or ref_weak is None:
+        return False
     positive, strong, weak = one.shape, two.shape, three.shape
     return (
         len(positive) == 1
@@ -129,7 +127,7 @@ def poft_loss(
     if aligned_mean_logps.shape[1] == 0:
         _check.bad_value("aligned_mean_logps", "at least one model", tuple(aligned_mean_logps.shape))
     tensors: Any = (logps, lengths, aligned_mean_logps)
-    if not _inputs.alike(tensors):
+    if not _check.alike(tensors):
         dtype = _inputs.score_dtype(logps)
         tensors = [x.to(dtype) for x in tensors]
     return _function.loss("poft_loss", tensors, {"beta": beta, "gamma": gamma, "reduction": reduction})

@@ -28,7 +28,8 @@ def dqo_loss(
     if embeddings.ndim == 3:
         group_size = embeddings.shape[1]
     elif offsets is None:
-        embeddings = embeddings.unflatten(0, (-1, group_size))
+        assert group_size is not None
+        embeddings = embeddings.reshape(len(embeddings) // group_size, group_size, embeddings.shape[1])
     gains = dpp_gains(embeddings.detach(), offsets=offsets)
     diversity = gains.gains - gains.baselines if baseline == "loo" else gains.gains
     return group_loss(

@@ -21,7 +21,9 @@ def to_groups(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(S,) to (G, n), n the largest group, with 0 in the padding; and the mask of what is not padding."""
     if offsets is None:
-        grouped = x.unflatten(0, (-1, group_size))
+        assert group_size is not None
+        # Not unflatten: torch.compile cannot trace it under a default device, not even torch.set_default_device("cpu").
+        grouped = x.reshape(-1, group_size)
         return grouped, torch.ones_like(grouped, dtype=torch.bool)
     sizes = offsets[1:] - offsets[:-1]
     width = int(sizes.max()) if sizes.numel() else 1

@@ -29,10 +29,15 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op}: differentiable once, and a second derivative was asked for")
 
 
+def batched(grad: torch.Tensor) -> bool:
+    """Whether grad is a batch of gradients, which has no address."""
+    return _kinds.is_batchedtensor(grad) or _kinds.is_legacy_batchedtensor(grad)
+
+
 def single(*grads: _Optional) -> None:
-    """Refuse a batch of gradients where a backward pass takes one, and would read an address that a batch has not."""
+    """Refuse a batch of gradients where a backward pass takes one."""
     for grad in grads:
-        if grad is not None and (_kinds.is_batchedtensor(grad) or _kinds.is_legacy_batchedtensor(grad)):
+        if grad is not None and batched(grad):
             raise ValueError(
                 "grad: wanted one gradient, got a batch of them (is_grads_batched); torch.func.jacrev works"
             )

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "qempo/cpu.h"
+#include "qempo/segments.h"
 
 namespace qempo::cpu {
 
@@ -21,21 +22,6 @@ enum class Surrogate { clip };
 
 // What a kernel answers: everything written, or values that the loss does not take, found before anything is used.
 enum class Status { done, bad_values };
-
-// (n + 1) first entries of consecutive segments, int32 or int64; or segments of one size where data is null.
-struct Segments {
-  const void* data;
-  bool wide;
-  int64_t count, size;
-
-  int64_t first(int64_t i) const {
-    if (!data) return i * size;
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-  int64_t length(int64_t i) const { return first(i + 1) - first(i); }
-  // Whether they cover [0, total) and each has at_least entries.
-  bool cover(int64_t total, int64_t at_least) const;
-};
 
 // pair_loss: -(1 - e) log s(h) - e log s(-h),  h = alpha (l_chosen - l_rejected) - beta (f_chosen - f_rejected),
 // e = label_smoothing. Loop: csrc/cpu/loss_pairs.cpp; reference: qempo_fast/reference/pairs.py.
