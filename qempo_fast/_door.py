@@ -7,7 +7,7 @@ Python comes from address(), which believes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +28,11 @@ def dense(name: str, x: Any) -> Any:
     if type(x) is _Tensor and x.layout is torch.strided and x.is_contiguous() and not x.is_neg():
         return x
     return None if x is None else owned(name, x).contiguous()
+
+
+def all_dense(tensors: Sequence[Any]) -> bool:
+    """Whether dense() would give each of tensors back; False may also mean that it cannot be said at once."""
+    return _C.all_dense(tensors)
 
 
 def owned(name: str, x: Any) -> torch.Tensor:

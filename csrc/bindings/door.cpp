@@ -4,6 +4,8 @@
 // that this module needs neither torch's headers nor its library. Where a torch has none, Python does the same.
 #include <algorithm>
 #include <cstring>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "bindings.h"
@@ -156,6 +158,31 @@ PyObject* alike(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return PyBool_FromLong(good);
 }
 
+// torch negates such a view as it is read, and native code would not.
+bool negated(PyObject* x) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  PyObject* said = PyObject_CallMethodNoArgs(x, name);
+  Py_XDECREF(said);
+  return said != Py_False;
+}
+
+// (tensors): whether each is None, or a plain tensor that native code reads as it lies.
+PyObject* all_dense(PyObject*, PyObject* tensors) {
+  PyObject* items = PySequence_Fast(tensors, "all_dense: wanted tensors");
+  if (!items) return nullptr;
+  bool good = true;
+  DLTensor x{};
+  for (Py_ssize_t i = 0; good && i < PySequence_Fast_GET_SIZE(items); ++i) {
+    PyObject* item = PySequence_Fast_GET_ITEM(items, i);
+    good = item == Py_None || (plain(item, x) && !negated(item));
+    if (good && item != Py_None)
+      good = dense(x, std::accumulate(x.shape, x.shape + x.ndim, int64_t{1}, std::multiplies<>()));
+  }
+  Py_DECREF(items);
+  PyErr_Clear();
+  return PyBool_FromLong(good);
+}
+
 template <class F>
 constexpr PyCFunction fast(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -165,6 +192,7 @@ PyMethodDef methods[] = {
     {"address", fast(&address), METH_FASTCALL, "Address of a dense tensor; raises for any other."},
     {"maybe", fast(&maybe), METH_FASTCALL, "The same, and None of None."},
     {"fits", fast(&fits), METH_FASTCALL, "Whether a tensor has the dtype and shape that are asked for."},
+    {"all_dense", &all_dense, METH_O, "Whether native code can read tensors as they lie."},
     {"alike", fast(&alike), METH_FASTCALL, "Whether tensors have one dtype and device."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 
 from .. import _backends, _check
-from .._operator import scalar
+from .._operator import apply_of, scalar
 from ..reference.dpp import DppFunction, DppGains
 from . import op
 from ._inputs import check_groups
+
+_apply = apply_of(DppFunction)
 
 
 def dpp_gains(
@@ -63,7 +65,7 @@ def dpp_gains(
         return DppGains(*op.run(*inputs, scalar(ridge), normalize, name))
     run = _backends.kernel("dpp", embeddings.device, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return DppGains(*DppFunction.apply(run, *inputs, float(ridge), normalize))
+        return DppGains(*_apply(run, *inputs, float(ridge), normalize))
     # An autograd function that nobody differentiates costs 10 microseconds.
     result = run(*inputs, float(ridge), normalize)
     return DppGains(result.logdet, result.gains, result.baselines)

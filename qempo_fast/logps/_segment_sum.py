@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._door import dense
+from .._operator import apply_of
 from ..reference.once import batched
 from ..reference.segments import spread
 
@@ -21,7 +22,7 @@ def segment_sum(kernels: _Kernels, values: torch.Tensor, cu_seqlens: torch.Tenso
     """
     cu_seqlens = dense("cu_seqlens", cu_seqlens)
     if values.requires_grad and torch.is_grad_enabled():
-        out: torch.Tensor = _SegmentSum.apply(kernels, values, cu_seqlens)
+        out: torch.Tensor = _apply(kernels, values, cu_seqlens)
         return out
     return kernels[0](dense("values", values), cu_seqlens)
 
@@ -43,3 +44,6 @@ class _SegmentSum(torch.autograd.Function):
         run: Callable[..., torch.Tensor] = spread if plain else ctx.spread
         given = grad if plain else dense("grad", grad)
         return None, run(given, *ctx.saved_tensors, ctx.n).to(ctx.dtype), None
+
+
+_apply = apply_of(_SegmentSum)

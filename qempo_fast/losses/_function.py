@@ -16,6 +16,7 @@ import torch
 
 from .. import _backends, _check
 from .._backends import OPS
+from .._operator import apply_of
 from ..reference import groups
 from ..reference.once import once
 from . import op as _op
@@ -57,8 +58,7 @@ class _Fused(torch.autograd.Function):
         return None, *[next(each) if need else None for need in needs[1:]]
 
 
-# Function.apply's own step in Python looks for functorch's wrappers in each argument, 2 microseconds: traced() has.
-_apply = super(torch.autograd.Function, _Fused).apply
+_apply = apply_of(_Fused)
 
 
 def loss(op: str, args: Sequence[Any], settings: dict[str, Any]) -> torch.Tensor:

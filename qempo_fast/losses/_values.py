@@ -101,7 +101,6 @@ def arguments(op: str) -> tuple[dict[str, str], dict[str, str]]:
     return {p.name: p.annotation for p in every if p.name not in by_keyword}, by_keyword
 
 
-_Tensor = torch.Tensor
 _LOSSES = [op for op, row in OPS.items() if row.room == "losses"]
 _POSITIONAL = {op: tuple(arguments(op)[0]) for op in _LOSSES}
 # Keyword arguments that are tensors.
@@ -110,12 +109,7 @@ _TENSORS = {op: tuple(name for name, kind in arguments(op)[1].items() if "Tensor
 
 def solid(op: str, args: Sequence[Any], settings: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
     """args and settings of a loss op, each tensor as native code reads it; for what needs no graph."""
-    try:
-        # As dense() looks, without its call: a tenth of a microsecond each.
-        well = all([x is None or (type(x) is _Tensor and x.is_contiguous() and not x.is_neg()) for x in args])
-    except RuntimeError:
-        well = False  # sparse rows do not say
-    if not well:
+    if not _door.all_dense(args):
         args = [_door.dense(name, x) for name, x in zip(_POSITIONAL[op], args, strict=True)]
     for name in _TENSORS[op]:
         x = settings.get(name)

@@ -109,7 +109,6 @@ def poft_loss(logps, lengths, aligned_mean_logps, *, beta=1.0, gamma=0.0, reduct
 def epa_loss(positive, strong, weak, ref_positive, ref_strong, ref_weak, *, beta=0.1, reduction="mean") -> Result:
     dtype, n = positive.dtype, positive.shape[0]
     strong_count, weak_count = strong.shape[1], weak.shape[1]
-    sizes = n, n * strong_count, n * weak_count
     value = _value(positive, reduction)
     coefs = torch.empty_like(positive), torch.empty_like(strong), torch.empty_like(weak)
     _C.epa_loss(
@@ -117,12 +116,18 @@ def epa_loss(positive, strong, weak, ref_positive, ref_strong, ref_weak, *, beta
         n,
         strong_count,
         weak_count,
-        *[address(x, dtype, size) for x, size in zip((positive, strong, weak), sizes, strict=True)],
-        *[address(x, dtype, size) for x, size in zip((ref_positive, ref_strong, ref_weak), sizes, strict=True)],
+        address(positive, dtype, n),
+        address(strong, dtype, n * strong_count),
+        address(weak, dtype, n * weak_count),
+        address(ref_positive, dtype, n),
+        address(ref_strong, dtype, n * strong_count),
+        address(ref_weak, dtype, n * weak_count),
         beta,
         REDUCTIONS[reduction],
         own(value),
-        *map(own, coefs),
+        own(coefs[0]),
+        own(coefs[1]),
+        own(coefs[2]),
         torch.get_num_threads(),
     )
     return value, coefs
