@@ -36,15 +36,20 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         while not self.over:
             with contextlib.suppress(FileNotFoundError):
-                text = self.path.read_text()
                 self.looks += 1
-                try:
-                    kinds = [json.loads(line)["kind"] for line in text.splitlines()]
-                    if (text and not text.endswith("\n")) or (kinds and kinds[0] != "environment"):
-                        self.wrong.append(text[-300:])
-                except ValueError:
+                # A write that crosses a page shows in two steps, and a kill between them lets it end: look once more.
+                if self._torn() and (text := self._torn()):
                     self.wrong.append(text[-300:])
             time.sleep(0.01)
+
+    def _torn(self) -> str:
+        """What stands there, unless it is whole lines behind the environment's."""
+        text = self.path.read_text()
+        try:
+            kinds = [json.loads(line)["kind"] for line in text.splitlines()]
+        except ValueError:
+            return text
+        return text if (text and not text.endswith("\n")) or (kinds and kinds[0] != "environment") else ""
 
 
 def _whole(home: Path, rows: list[dict[str, Any]], kind: str) -> None:
