@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qempo_fast as qf
+from qempo_fast._backends import implementation
 
 LENGTHS = [1, 0, 1000, 16384, 131072]
 VALUES = {
@@ -82,6 +83,14 @@ def test_one_answer_from_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     for got in found[1:]:
         assert all(map(torch.equal, got, found[0]))
+
+
+@pytest.mark.parametrize("offsets", [[0, 7], [1, 6], [0, 4, 2, 6], [0, 2**62, 6], [-1, 6]], ids=str)
+def test_the_kernel_reads_no_offsets_that_do_not_cover(offsets: list[int]) -> None:
+    """Nothing has checked them here, as where values may not be read."""
+    run = implementation("segment_sum", "cpu")
+    with pytest.raises(ValueError, match=r"^cu_seqlens: wanted offsets from 0 to 6 that never fall"):
+        run(torch.randn(6), torch.tensor(offsets))
 
 
 def test_second_derivatives_and_batches_of_gradients() -> None:

@@ -196,31 +196,32 @@ class CpuPass(TilePass):
 linear_logps = logps_from_logits = CpuPass
 
 
-def _segments(backward: bool, x: torch.Tensor, cu_seqlens: torch.Tensor, n: int, count: int) -> torch.Tensor:
-    """count sums, or their gradient for each of n tokens."""
-    x = x.to(accumulator(x.dtype))
-    out = torch.empty(count, dtype=x.dtype, device="cpu")
+def _segments(backward: bool, x: torch.Tensor, cu_seqlens: torch.Tensor, n: int) -> torch.Tensor:
+    """The sums of n tokens, or the gradient of each token from that of the sums."""
+    x, count = x.to(accumulator(x.dtype)), cu_seqlens.shape[0] - 1
+    given, made = (count, n) if backward else (n, count)
+    out = torch.empty(made, dtype=x.dtype, device="cpu")
     if not _C.segment_sum(
         x.dtype == torch.float64,
         backward,
-        address(x, x.dtype, x.shape[0]),
+        address(x, x.dtype, given),
         n,
-        address(cu_seqlens, cu_seqlens.dtype, cu_seqlens.shape[0]),
+        address(cu_seqlens, cu_seqlens.dtype, count + 1),
         cu_seqlens.dtype == torch.int64,
-        cu_seqlens.shape[0] - 1,
-        address(out, x.dtype, count),
+        count,
+        address(out, x.dtype, made),
         torch.get_num_threads(),
     ):
-        _check.offsets("cu_seqlens", cu_seqlens, n)
+        _check.bad_value("cu_seqlens", f"offsets from 0 to {n} that never fall", "others")
     return out
 
 
 def _sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    return _segments(False, values, cu_seqlens, len(values), len(cu_seqlens) - 1)
+    return _segments(False, values, cu_seqlens, values.shape[0])
 
 
 def _spread(grad: torch.Tensor, cu_seqlens: torch.Tensor, n: int) -> torch.Tensor:
-    return _segments(True, grad, cu_seqlens, n, n)
+    return _segments(True, grad, cu_seqlens, n)
 
 
 def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
