@@ -118,7 +118,7 @@ def _of_results(call: _Call, spec: Spec, results: Results) -> Verdict:
         return Verdict("returned")
     if call.refused and not call.function.operator:
         return Verdict("accepted", "something that no plain tensor stands for")
-    if any(x.device.type == "meta" or type(x).__name__ == "FakeTensor" for x in results.values):
+    if any(map(_valueless, results.values)):
         return _same_shapes(call, spec, results)
     try:
         truth = _truth(call, spec, results)
@@ -137,6 +137,12 @@ def _of_results(call: _Call, spec: Spec, results: Results) -> Verdict:
         if wrong := _differs(out, like, true, eps):
             return Verdict("wrong", f"{name}: {wrong}")
     return Verdict("right" if results.values else "returned")
+
+
+def _valueless(x: torch.Tensor) -> bool:
+    """Whether x is fake or on meta, under functionalisation's wrapper too, whose type is the plain one."""
+    inner = torch._from_functional_tensor(x) if torch._is_functional_tensor(x) else x
+    return inner.device.type == "meta" or type(inner).__name__ == "FakeTensor"
 
 
 def _same_shapes(call: _Call, spec: Spec, results: Results) -> Verdict:
