@@ -12,7 +12,7 @@ import torch
 from fuzz.kinds import Plain, Wrapper
 
 import qempo_fast as qf
-from qempo_fast import _door
+from qempo_fast import _C, _door
 
 # MaskedTensor and nested tensors say that they are prototypes.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API")
@@ -283,3 +283,59 @@ def test_results_of_a_collective_are_waited_for() -> None:
         got = function(**{n: AsyncCollectiveTensor(x) for n, x in args.items()})
         assert isinstance(got, torch.Tensor)
         assert torch.equal(torch.as_tensor(got + 0), right), case
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_seen_from_c_is_seen_in_python(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a torch without DLPack's exchange table."""
+    function, args = CASES[case]
+    right = outcome(function, differentiable(args))
+    for look in ("fits", "alike", "all_dense"):
+        monkeypatch.setattr(_C, look, lambda *_: False)
+    assert all(map(torch.equal, outcome(function, differentiable(args)), right))
+
+
+def test_what_is_seen_from_c() -> None:
+    x, floats = draw(4, 6), (torch.float32, torch.float64)
+    assert _C.fits(x.t(), floats, 2, (6, -1))
+    assert _C.fits(x[:0], floats, None, x[:0].shape)
+    assert not any(
+        _C.fits(*given)
+        for given in (
+            (x, (torch.float64,), 2, None),
+            (x, floats, 1, None),
+            (x, floats, None, (4, 5)),
+            (x, floats, None, (4,)),
+            (x, floats, None, (4, 2**70)),
+            (1.0, floats, None, None),
+            (x.to("meta"), floats, None, None),
+        )
+    )
+    assert _C.alike((x, None, x.t()), floats, False)
+    assert _C.alike((x[0], None, x[1]), floats, True)
+    assert not _C.alike((x[0], x[:, 0]), floats, True)
+    assert not _C.alike((x[0], x[0].double()), floats, False)
+    assert not _C.alike((None, x), floats, False)
+    assert not _C.alike((), floats, False)
+    assert _C.all_dense([x, None, x[1:]])
+    assert not _C.all_dense([x, x.t()])
+    for spoil in REFUSED.values():
+        spoilt = spoil(x)
+        assert not _C.fits(spoilt, floats, None, None)
+        assert not _C.all_dense([spoilt]) or not spoilt.untyped_storage().nbytes()
+    for same in ("negated", "parameter", "subclass"):
+        assert not _C.all_dense([SAME[same](x)]), same
+
+
+def test_what_is_seen_from_c_inside_a_transform() -> None:
+    """A wrapper there has the type of a plain tensor, and no memory of its own."""
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append((_C.fits(x, (torch.float32,), None, None), _C.alike((x,), (torch.float32,), False)))
+        seen.append((_C.all_dense([x]), False))
+        return x.sum()
+
+    torch.func.vmap(look)(draw(3, 4))
+    torch.func.grad(look)(draw(4))
+    assert seen == [(False, False)] * 4
