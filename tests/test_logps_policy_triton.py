@@ -60,10 +60,10 @@ def test_chunks_side_by_side_choose_as_each_alone(
         torch.testing.assert_close(value, found[1][0][name], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_blocks_of_the_vocabulary_change_nothing_on_triton(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    dtype = torch.float16  # its tiles are widened, and its sums rounded at the end of a block
     x = place(make(Case("", 150, 6, 600, temperature=0.9, spread=16.0), dtype), device)
     x.grads[0][60:70] = 0
     x.hidden[:60] = 0  # the first chunk is past break-even

@@ -11,8 +11,6 @@
 
 namespace qempo::cpu::QEMPO_ISA {
 
-// A thread takes microseconds to wake; below this many entries one does the work.
-constexpr int64_t kThreadPays = 32768;
 // Entries of a block, whose partial sum is one whatever the threads: 4 KiB of doubles stay in the first cache.
 constexpr int64_t kBlock = 512;
 

@@ -8,8 +8,6 @@
 namespace qempo::cpu {
 namespace {
 
-// Below so many entries a second thread costs more than it takes over: 32768 additions take 10 microseconds.
-constexpr int64_t kThreadPays = 1 << 15;
 // Entries that are added one after another, in 8 lanes: the rounding of longer sums grows with log2 of their length.
 constexpr int64_t kRun = 512;
 

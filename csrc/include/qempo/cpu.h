@@ -39,6 +39,9 @@ struct ByDtype {
 // Name of the thread runtime in use: "openmp" (the one already in the process) or "std::thread".
 const char* thread_runtime();
 
+// A thread takes microseconds to wake; below this many entries of a sum or a loss one does the work.
+constexpr int64_t kThreadPays = 32768;
+
 using RangeFn = void (*)(void* context, int thread, int64_t begin, int64_t end);
 // Splits [0, items) into at most `threads` contiguous ranges, one each; `thread` < threads.
 void parallel_for(int threads, int64_t items, void* context, RangeFn run);
