@@ -120,8 +120,8 @@ OPS: dict[str, tuple[Callable[..., torch.Tensor], Tensors]] = {
         head(grad="sampled", tau=0.9, entropy=True),
         (draw(600, 4), draw(257, 4, seed=1), tokens(600, 20)),
     ),
-    "head, bfloat16 takes the sampled gradient": (
-        head(),
+    "head, bfloat16, threshold chosen": (
+        head(grad="sampled"),
         (draw(37, 8, dtype=torch.bfloat16), draw(101, 8, seed=1, dtype=torch.bfloat16), tokens(37, 101)),
     ),
     "head, all rows ignored": (head(entropy=True), (draw(4, 8), draw(11, 8, seed=1), tokens(4, 11, 1))),
@@ -197,7 +197,7 @@ class Op:
 def linear(dtype: torch.dtype, tau: float | None, entropy: bool) -> Op:
     h, w, b = (draw(*s, dtype=dtype).requires_grad_() for s in ((9, 4), (31, 4), (31,)))
     seed = None if tau is None else torch.tensor(7)
-    head = (h, w, b, tokens(9, 31), None, seed, scalar(1.0), None, scalar(tau))
+    head = (h, w, b, tokens(9, 31), None, seed, scalar(1.0), None, scalar(tau), None)
     return Op(LINEAR, (*head, -100, entropy, entropy, ROWS, "cpu"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import inspect
 import re
@@ -185,12 +186,21 @@ def test_blocks_of_trl(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outer", "fused", "tau"), [("exact", False, None), ("exact", True, 2**-8), ("auto", True, 2**-8)]
+    ("outer", "own", "tau"),
+    [
+        (None, {}, None),
+        ("auto", {}, None),
+        ("sampled", {}, 2**-8),
+        ("sampled", {"fused": False}, 2**-8),
+        ("sampled", {"grad": "exact"}, None),
+        ("exact", {"tau": 2**-5}, 2**-5),
+        (None, {"grad": "sampled"}, 2**-8),
+    ],
 )
-def test_the_trl_page_tells_how_to_get_exact_gradients(
-    outer: str, fused: bool, tau: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_trl_page_tells_which_gradient_a_trainer_takes(
+    outer: str | None, own: dict[str, Any], tau: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under bf16 fused=False leaves the kernel that was in TRL's seam; without it the trainer's own samples."""
+    """Under bf16: its own grad and tau, and at their defaults what was in TRL's seam."""
     pytest.importorskip("trl")
     import trl_models
 
@@ -206,7 +216,7 @@ def test_the_trl_page_tells_how_to_get_exact_gradients(
 
     monkeypatch.setattr(qf, "linear_logps", watched)
     config = trl_models.grpo_config(tmp_path, max_steps=1, bf16=True)
-    with use_fused_logps(grad=outer):
+    with use_fused_logps(grad=outer) if outer else contextlib.nullcontext():
         GroupTrainer(
             trl_models.load(trl_models.new_model(tmp_path / "model")),
             trl_models.word_reward,
@@ -215,7 +225,7 @@ def test_the_trl_page_tells_how_to_get_exact_gradients(
             processing_class=trl_models.tokenizer(),
             loss="spl",
             loss_kwargs={"alpha": 0.1, "beta": 0.1},
-            fused=fused,
+            **own,
         ).train()
     assert set(seen) == {(torch.bfloat16, tau)}
 

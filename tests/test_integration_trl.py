@@ -20,6 +20,7 @@ from trl import DPOTrainer
 from trl_models import dpo_config, history, load, new_model, pairs, perturbed, stored_groups, tokenizer
 
 import qempo_fast as qf
+from qempo_fast.integrations import _tell
 from qempo_fast.integrations.hf import fused_forward
 from qempo_fast.integrations.trl import (
     OfflineGroupTrainer,
@@ -197,6 +198,39 @@ def test_versions_without_the_seam(monkeypatch: pytest.MonkeyPatch) -> None:
             use_fused_logps()
     with pytest.raises(ValueError, match="grad: wanted"):
         use_fused_logps(grad="some")
+
+
+@pytest.mark.parametrize("kind", [PreferenceTrainer, OfflineGroupTrainer])
+def test_trainers_have_a_gradient_of_their_own(kind: Any, path: str, tmp_path: Path) -> None:
+    data = {"train_dataset": pairs() if kind is PreferenceTrainer else stored_groups()}
+    seen = []
+
+    class Watched(kind):  # type: ignore[misc]
+        def _compute_loss(self, *args: Any) -> torch.Tensor:
+            with self._fused():
+                seen.append({k: v for k, v in seam().options.items() if k != "backend"})
+            return super()._compute_loss(*args)
+
+    for own in ({}, {"grad": "sampled"}, {"tau": 0.1}):
+        trained(Watched, path, tmp_path, {"max_steps": 1}, **data, **own)
+    with use_fused_logps(grad="sampled"):
+        trained(Watched, path, tmp_path, {"max_steps": 1}, **data)
+        trained(Watched, path, tmp_path, {"max_steps": 1}, **data, grad="exact")
+    assert seam() is STOCK
+    default = {"grad": "auto", "tau": None}
+    sampled, exact = ({**default, "grad": g} for g in ("sampled", "exact"))
+    assert seen == [default, sampled, {**default, "tau": 0.1}, sampled, exact]
+    for wrong in ({"grad": "some"}, {"grad": "exact", "tau": 0.1}, {"fused": False, "grad": "sampled"}):
+        with pytest.raises(ValueError, match=r"(grad|tau): wanted"):
+            trained(kind, path, tmp_path, {"max_steps": 1}, **data, **wrong)
+
+
+def test_the_gradient_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    _tell.cache_clear()
+    with caplog.at_level(logging.INFO, "qempo_fast"):
+        for grad in ("auto", "sampled", "auto", "sampled"):
+            use_fused_logps(grad=grad).remove()
+    assert [(r.levelname, "sampled" in r.message) for r in caplog.records] == [("INFO", False), ("WARNING", True)]
 
 
 def test_a_missing_trl_is_named() -> None:

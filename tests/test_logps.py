@@ -12,6 +12,7 @@ from tolerances import assert_as_good
 
 import qempo_fast as qf
 from qempo_fast import _C, reference
+from qempo_fast.logps import _options
 
 BACKENDS = ["cpu", "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -171,13 +172,33 @@ def test_kept_logits_give_the_recomputed_gradient(
     x.grads[0][500:540] = x.grads[1][500:540] = 0  # rows that the backward leaves out
     again = run(qf.linear_logps, x, dtype, grad="exact", backend=backend)
     size = 1680 * 4099 * dtype.itemsize / 2**20  # four rows in five are counted
-    for budget, wanted in ((size + 0.01, True), (size - 0.01, False)):
+    # All, all but a tile, and less than a tile.
+    for budget, wanted in ((size + 0.01, True), (size - 0.01, backend == "cpu"), (0.01, False)):
         monkeypatch.setenv("QEMPO_KEEP_LOGITS", str(budget))
         kept = run(qf.linear_logps, x, dtype, grad="exact", backend=backend)
         stats = qf.last_stats()
         assert stats is not None
         assert stats.kept_logits == wanted
         assert all(torch.equal(kept[k], again[k]) for k in again)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_are_kept_up_to_the_size_of_the_weight(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def room(rows: int, weight: torch.Tensor, free: int) -> int:
+        monkeypatch.setattr(_options, "_free", lambda device: free)
+        return _options.logits_budget(rows, weight)
+
+    weight = torch.empty(4096, 64)
+    assert room(8, weight, 0) == weight.nbytes // 8  # few rows fit whatever is free
+    assert room(999, weight, 10**12) == weight.nbytes
+    assert room(999, weight, 16 * 500_000) == 500_000
+    assert room(999, weight, 1) == weight.nbytes // 8
+    monkeypatch.delenv("QEMPO_KEEP_LOGITS", raising=False)
+    x = make(replace(CASES[0], n=3000, d=16, v=4099), torch.float32)  # 3 blocks of rows, 16 bytes of logits for 1 of W
+    kept = run(qf.linear_logps, x, torch.float32, backend=backend)
+    monkeypatch.setenv("QEMPO_KEEP_LOGITS", "0")
+    again = run(qf.linear_logps, x, torch.float32, backend=backend)
+    assert all(torch.equal(kept[k], again[k]) for k in again)
 
 
 def test_kept_logits_serve_one_backward_and_then_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:

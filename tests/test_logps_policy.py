@@ -62,6 +62,12 @@ class WideProducts(TorchDispatchMode):
         return out
 
 
+@pytest.fixture(autouse=True)
+def _products_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the processor has them, so that what is counted is the same everywhere."""
+    monkeypatch.setattr(gemm, "_runs", lambda dtype: True)
+
+
 @pytest.fixture
 def wide() -> WideProducts:
     assert not gemm.widens(torch.zeros(1, dtype=torch.bfloat16))
@@ -93,13 +99,19 @@ def test_a_gpu_gemm_writes_and_adds_float32(dtype: torch.dtype, wide: WideProduc
     assert torch.mm(*low, out_dtype=torch.float32).dtype == torch.float32
 
 
+@pytest.mark.parametrize("runs", [True, False], ids=["", "in float32"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_products_elsewhere(dtype: torch.dtype) -> None:
+def test_products_elsewhere(dtype: torch.dtype, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_runs", lambda dtype: runs)
     a, w = torch.randn(7, 5).to(dtype), torch.randn(9, 5).to(dtype)
     truth = a.double() @ w.double().t()
     bound = 4 * torch.finfo(dtype).eps * truth.abs().max().item()
     one = gemm.product(a, w)
-    assert one.dtype == dtype
+    assert one.dtype == (dtype if runs or dtype not in HALF else torch.float32)
+    out = torch.empty(7, 9, dtype=dtype)
+    for z in (gemm.linear(a, w), gemm.linear(a, w, out)):
+        assert z.dtype == dtype
+        torch.testing.assert_close(z.double(), truth, rtol=0, atol=bound)
     total = torch.ones(7, 9, dtype=torch.promote_types(dtype, torch.float32))
     assert gemm.add_product(total, a, w) is total
     torch.testing.assert_close(one.double(), truth, rtol=0, atol=bound)
@@ -108,6 +120,7 @@ def test_products_elsewhere(dtype: torch.dtype) -> None:
 
 def test_an_exact_step_on_a_gpu_rounds_each_gradient_once(wide: WideProducts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qempo_fast.logps.cpu.EXACT", TileSizes(64, 96))
+    monkeypatch.setenv("QEMPO_KEEP_LOGITS", "0")
     x = make(Case("", 60, 24, 290, spread=3.0), torch.bfloat16)
     x.targets[:] = x.targets.clamp(min=0)
     with wide:
@@ -123,6 +136,7 @@ def test_an_exact_step_on_a_gpu_rounds_each_gradient_once(wide: WideProducts, mo
 
 def test_rows_of_several_blocks_are_summed_in_float32(wide: WideProducts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qempo_fast.logps.cpu.EXACT", TileSizes(20, 400))
+    monkeypatch.setenv("QEMPO_KEEP_LOGITS", "0")
     x = make(Case("", 60, 24, 290, spread=3.0), torch.bfloat16)
     x.targets[:] = x.targets.clamp(min=0)
     with wide:

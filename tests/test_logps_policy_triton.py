@@ -20,14 +20,17 @@ import qempo_fast as qf
 from qempo_fast import reference
 from qempo_fast.logps import triton as pass_triton
 from qempo_fast.logps._head import HeadTensors
-from qempo_fast.logps._options import Options
+from qempo_fast.logps._options import ERROR, Options
 from qempo_fast.logps._policy import POLICIES, Policy
 from qempo_fast.logps._row_stats import RowStats
 
 PLAIN = Options(1.0, None, False, False, None, 0, None)
 # Launches of a step at N = 2048, D = 576, V = 49152 in bfloat16, forward and backward. They were 85 + 68 sampled and
 # 38 + 90 exact. One forward launch of N entries keeps the log-sum-exp in two parts (docs/linear_logps.md).
-LAUNCHES = {"sampled": {"forward": 26, "backward": 31}, "exact": {"forward": 19, "backward": 19}}
+LAUNCHES = {
+    "sampled": {"forward": 26, "backward": 31}, "chosen": {"forward": 167, "backward": 31},
+    "exact": {"forward": 19, "backward": 19},
+}  # fmt: skip
 
 
 def on_triton(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
@@ -58,6 +61,27 @@ def test_chunks_side_by_side_choose_as_each_alone(
     assert found[0][2] == 0
     for name, value in found[0][0].items():
         torch.testing.assert_close(value, found[1][0][name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_threshold_chosen_on_triton_keeps_to_its_error(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    # Two blocks of two chunks, the last one short; the first chunk's rows are flat.
+    on_triton(monkeypatch, Policy(0, 96, 48))
+    x = place(make(Case("", 210, 16, 900, temperature=0.9, spread=8.0), dtype), device)
+    x.hidden[:60] = 0
+    exact = run(qf.linear_logps, x, dtype, grad="exact", backend="triton")
+    found = run(qf.linear_logps, x, dtype, grad="sampled", backend="triton")
+    stats = qf.last_stats()
+    assert stats is not None
+    assert stats.error is not None
+    assert stats.tau is not None
+    assert stats.error <= ERROR[dtype]
+    assert stats.exact_chunks < len(stats.kept_columns) == 4
+    off = (found["dhidden"].double() - exact["dhidden"].double()).norm() / exact["dhidden"].double().norm()
+    # Both are rounded.
+    assert 0 < off < 1.1 * ERROR[dtype] + (torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

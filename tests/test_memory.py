@@ -1,4 +1,4 @@
-"""The logits are never kept: peak memory of a process above its inputs and gradients, against what the logits take."""
+"""Peak memory of a process above its inputs and gradients, against the logits: at most the weight again is kept."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ print(json.dumps([peak, qf.last_stats().kept_share]))
 
 
 # The logits are 288 MiB in float32 and 144 in bfloat16, whose products take minutes on processors that have none. Alone
-# on a machine the four take 44, 6, 24 and 9 MiB; beside other work, which decides about huge pages and what malloc
-# gives back, sampled float32 reached three times as much.
+# on a machine the four take 68, 54, 24 and 9 MiB, an exact one with the logits that it may keep (as many bytes as the
+# weight, 24 and 12 MiB); beside other work, which decides about huge pages and what malloc gives back, sampled float32
+# reached three times as much.
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("grad", "dtype", "most"),
-    [("exact", "float32", 100), ("exact", "bfloat16", 50), ("sampled", "float32", 100), ("sampled", "bfloat16", 60)],
+    [("exact", "float32", 100), ("exact", "bfloat16", 70), ("sampled", "float32", 100), ("sampled", "bfloat16", 60)],
 )
 def test_peak_memory(grad: str, dtype: str, most: float) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, grad, dtype], capture_output=True, text=True, timeout=240)

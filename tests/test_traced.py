@@ -248,6 +248,29 @@ def test_autocast_around_backward_changes_nothing(backend: str, keywords: dict[s
         assert all(map(torch.equal, results[0], results[2]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast_is_nothing_to_dpp(backend: str, compiled: bool, dtype: torch.dtype) -> None:
+    """torch.cat of float16 and of float64 raised "Unexpected floating ScalarType in at::autocast::prioritize"."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        out = qf.dpp_gains(x, backend=backend)
+        return (out.gains.double() * 0.3).sum() + out.logdet.double().sum()
+
+    torch._dynamo.reset()
+    run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    results = []
+    for autocast in (None, torch.bfloat16, torch.float16):
+        x = E.detach().to(dtype).requires_grad_()
+        with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+            (grad,) = torch.autograd.grad(run(x), x)
+            with torch.no_grad():
+                results.append((step(x), grad))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 LAYOUTS = {
     "column": lambda x: torch.stack([x, torch.zeros_like(x)], -1)[..., 0],
     "expand": lambda x: x[:1].expand_as(x),
@@ -274,21 +297,21 @@ def test_compiled_takes_any_layout(layout: str) -> None:
 
 
 ops, ONE, LSE = torch.ops.qempo_fast, scalar(1.0), torch.zeros(6, 2)
-_BACKWARD = (torch.zeros(0), torch.zeros(0, 30), ONE, None, None, [True, True, False], -100, "cpu")
+_BACKWARD = (torch.zeros(0), torch.zeros(0, 30), ONE, None, None, None, [True, True, False], -100, "cpu")
 # Operators called by hand with what no public function lets through.
 DIRECT: dict[str, tuple[str, Callable[[], Any]]] = {
     "targets short": (
         "targets",
-        lambda: ops.linear_logps_fwd(H, W, None, T[:4], *[None] * 2, ONE, *[None] * 2, -100, False, False, 9, "cpu"),
+        lambda: ops.linear_logps_fwd(H, W, None, T[:4], *[None] * 2, ONE, *[None] * 3, -100, False, False, 9, "cpu"),
     ),
     "weight wide": (
         "weight",
-        lambda: ops.linear_logps_fwd(H, W[:, :5], None, T, *[None] * 2, ONE, *[None] * 2, -100, False, False, 9, "cpu"),
+        lambda: ops.linear_logps_fwd(H, W[:, :5], None, T, *[None] * 2, ONE, *[None] * 3, -100, False, False, 9, "cpu"),
     ),
     "a float32 number": (
         "logit_scale",
         lambda: ops.linear_logps_fwd(
-            H, W, None, T, *[None] * 2, ONE.float(), *[None] * 2, -100, False, False, 9, "cpu"
+            H, W, None, T, *[None] * 2, ONE.float(), *[None] * 3, -100, False, False, 9, "cpu"
         ),
     ),
     "lse flat": ("lse", lambda: ops.linear_logps_bwd(torch.ones(6), None, H, W, None, T, None, LSE[:, 0], *_BACKWARD)),

@@ -22,9 +22,9 @@ from suite.logps import GEMMA, GPU, SMOLLM2, TEXT
 from suite.ops import load
 from suite.provider import Provider
 
-DEFAULT = "qempo_fast default (sampled or exact)"
-# As a user calls it: the backend's own choice of mode, threshold and break-even.
-logps.PROVIDERS[DEFAULT] = logps._ours()
+CHOSEN = "qempo_fast sampled, tau chosen"
+# At the threshold that it finds by the error which the draw may add.
+logps.PROVIDERS[CHOSEN] = logps._ours(grad="sampled")
 
 
 def _liger_fallback(case: Any, device: str) -> logps.Logps:
@@ -41,8 +41,8 @@ SAMPLED = ("qempo_fast sampled 2^-7", "qempo_fast sampled", "qempo_fast sampled 
 PEERS = (
     "plain torch", "TRL ChunkedLogProbFunction", "cut-cross-entropy cce", FALLBACK, "Liger native",
 )  # fmt: skip
-HEADLINE = ("qempo_fast exact", "qempo_fast exact, logits kept", *SAMPLED, DEFAULT, *PEERS)
-OURS_AND_PLAIN = ("qempo_fast exact", DEFAULT, "plain torch")
+HEADLINE = ("qempo_fast exact", "qempo_fast exact, logits kept", *SAMPLED, CHOSEN, *PEERS)
+OURS_AND_PLAIN = ("qempo_fast exact", CHOSEN, "plain torch")
 
 
 class Group(NamedTuple):

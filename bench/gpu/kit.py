@@ -327,7 +327,7 @@ def cuda(inside: Path) -> str:
     return next(iter(re.findall(r"release (\S+),", run(words))), "unknown")
 
 
-def build(kit: Path, name: str, venv: Path, peer: str, most: float) -> None:
+def build(kit: Path, name: str, venv: Path, peer: str, most: float, cached: bool = True) -> None:
     start = time.monotonic()
 
     def told(what: str) -> None:
@@ -350,8 +350,12 @@ def build(kit: Path, name: str, venv: Path, peer: str, most: float) -> None:
 
         versions |= liger_native.fetch(kit / "native", lambda folder, words: download(inside, folder, words))
         told("Liger's native head")
-    entries = triton_cache(inside, kit, wheel, venv / "qempo-triton-cache")
-    told(f"Triton's cache: {entries['kernels']} kernels, all found again in another folder")
+    if cached:
+        entries = triton_cache(inside, kit, wheel, venv / "qempo-triton-cache")
+        told(f"Triton's cache: {entries['kernels']} kernels, all found again in another folder")
+    else:
+        (kit / "triton.tar.xz").unlink(missing_ok=True)
+        entries = {"entries": 0, "kernels": 0}
     found = refuse_large(kit, most)
     record(kit, found, sources, commit=of, cuda=cuda(inside), versions=versions, triton_cache=entries)
     print("\n".join(table(found)))
@@ -365,6 +369,7 @@ def main() -> int:
     parser.add_argument("--python", default="python3.12", help="a Python 3.12")
     parser.add_argument("--venv", type=Path, help="its environment, kept between builds; default in the user's cache")
     parser.add_argument("--peer", default="", choices=("", "liger"))
+    parser.add_argument("--no-cache", action="store_true", help="without Triton's: kernels compile at the other end")
     parser.add_argument("--most", type=float, default=60, help="MiB")
     args = parser.parse_args()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -374,9 +379,14 @@ def main() -> int:
         if args.what == "unpack":
             if args.folder is None:
                 parser.error("unpack: wanted a folder")
-            print(f"{unpack(args.kit / 'triton.tar.xz', args.folder)} entries of Triton's cache")
+            archive = args.kit / "triton.tar.xz"
+            if archive.is_file():
+                print(f"{unpack(archive, args.folder)} entries of Triton's cache")
+            else:
+                print("no cache of Triton's in this kit: kernels compile here")
             return 0
-        build(args.kit, args.python, args.venv or home / "qempo_fast" / "gpu-kit", args.peer, args.most)
+        venv = args.venv or home / "qempo_fast" / "gpu-kit"
+        build(args.kit, args.python, venv, args.peer, args.most, not args.no_cache)
     except KitError as error:
         print(f"gpu/kit: {error}", file=sys.stderr)
         return 1

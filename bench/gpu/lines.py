@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# A reason's length at most: one write of a page or less goes to the file whole, also where the process is killed in it.
+# A reason's length at most: one write of a page or less goes to the file whole, also where the process is killed in it,
+# but for one that crosses a page of the file, of which a kill may leave the first part (seen on a busy machine).
 _REASON, _LINE = 400, 4000
+_FIRST = '{"kind": '
 _KILL, _PARENT_DEATH_SIGNAL = 9, 1
 
 
@@ -77,12 +79,14 @@ def short(row: dict[str, Any]) -> str:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a file; what is no whole line is left out."""
+    """The lines of a file; of one that a kill has cut, what another process wrote behind it."""
     rows: list[dict[str, Any]] = []
     with contextlib.suppress(FileNotFoundError):
         for line in Path(path).read_text(errors="replace").split("\n"):
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+            for start in dict.fromkeys((0, max(0, line.rfind(_FIRST)))):
+                with contextlib.suppress(json.JSONDecodeError):
+                    rows.append(json.loads(line[start:]))
+                    break
     return rows
 
 

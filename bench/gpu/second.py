@@ -172,11 +172,11 @@ def compiled_peers(run: Run) -> None:
     """Four cases against torch.compile of the plain code; ours beside it, on the same card."""
     import torch
 
-    from gpu.cases import DEFAULT, GPU, SMOLLM2, Group, measure_group
+    from gpu.cases import GPU, SMOLLM2, Group, measure_group
     from suite import dpp, losses
 
     small = run.settings.rehearse
-    ours = {"logps": DEFAULT, "dpp": "qempo_fast cuda", "losses": "qempo_fast triton"}
+    ours = {"logps": "qempo_fast exact", "dpp": "qempo_fast cuda", "losses": "qempo_fast triton"}
     peers = {"logps": "torch.compile of plain", "dpp": "compile inv", "losses": "compile"}
     compiler = contextlib.nullcontext()
     if small:

@@ -10,7 +10,7 @@ from suite.results import one
 from suite.show import EXTRA, milliseconds, percent_of_floor
 
 CPU, SAMPLED, EXACT = "qempo_fast cpu", "qempo_fast sampled", "qempo_fast exact"
-# bfloat16's default, and the coarsest: four times the error of 2^-9.
+# A quarter of the error of 2^-9, and four times it.
 FINE, COARSE = f"{SAMPLED} 2^-11", f"{SAMPLED} 2^-7"
 PLAIN = "plain torch"
 EAGER, COMPILE = ("eager inv", "eager cholesky"), ("compile inv", "compile cholesky")

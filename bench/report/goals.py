@@ -58,7 +58,7 @@ def _logps_goals(rows: Rows) -> list[list[str]]:
         dtype = here[0]["dtype"]
         exact, kept, plain, trl = (one(here, provider=name) for name in (EXACT, KEPT, PLAIN, TRL))
         over_plain, over_trl = wanted[dtype]
-        # bfloat16's goals for speed and error are one: its own default has to meet both.
+        # bfloat16's goals for speed and error are one: the finer threshold has to meet both.
         for name in (SAMPLED, FINE) if dtype == "bfloat16" else (SAMPLED,):
             row, short = one(here, provider=name), name.removeprefix("qempo_fast ")
             lines.append(goal(f"plain torch / {short}, {dtype}", over_plain, times(plain, row)))

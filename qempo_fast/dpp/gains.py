@@ -5,11 +5,14 @@ Derivations, conventions and accuracy: docs/dpp.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .. import _backends, _check
 from .._operator import apply_of, scalar
-from ..reference.dpp import DppFunction, DppGains
+from ..reference.dpp import DppForward, DppFunction, DppGains
 from . import op
 from ._inputs import check_groups
 
@@ -64,11 +67,27 @@ def dpp_gains(
         name = _backends.choose("dpp", embeddings.device, backend)
         return DppGains(*op.run(*inputs, scalar(ridge), normalize, name))
     run = _backends.kernel("dpp", embeddings.device, backend)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return DppGains(*_apply(run, *inputs, float(ridge), normalize))
-    # An autograd function that nobody differentiates costs 10 microseconds.
-    result = run(*inputs, float(ridge), normalize)
+    with _check.own_dtypes(embeddings.device.type):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+            return DppGains(*_apply(_in_own_dtypes(run), *inputs, float(ridge), normalize))
+        # An autograd function that nobody differentiates costs 10 microseconds.
+        result = run(*inputs, float(ridge), normalize)
     return DppGains(result.logdet, result.gains, result.baselines)
+
+
+def _in_own_dtypes(run: Callable[..., DppForward]) -> Callable[..., DppForward]:
+    """Its backward pass too, whatever autocast that is run under: bfloat16's knows no torch.cat of float16."""
+
+    def forward(x: torch.Tensor, *rest: Any) -> DppForward:
+        result, kind = run(x, *rest), x.device.type
+
+        def bwd(*given: Any) -> Any:
+            with _check.own_dtypes(kind):
+                return result.bwd(*given)
+
+        return result._replace(bwd=bwd)
+
+    return forward
 
 
 def dpp_logdet(

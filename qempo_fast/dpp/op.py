@@ -32,7 +32,8 @@ def dpp_fwd(
     # Tracing cannot read values, so the checks that do are made here, where the graph runs.
     settings = number("ridge", ridge), normalize
     check_groups(x, log_quality, offsets, settings[0])
-    result = _backends.kernel("dpp", x.device, backend)(x, log_quality, offsets, *settings)
+    with _check.own_dtypes(x.device.type):
+        result = _backends.kernel("dpp", x.device, backend)(x, log_quality, offsets, *settings)
     return result.logdet, result.gains, result.baselines
 
 
@@ -63,7 +64,8 @@ def dpp_bwd(
         if grad is not None:
             _check.tensor(name, grad, dtypes=(like.dtype,), shape=like.shape, device=like.device)
     inputs = Inputs(x, log_quality, offsets)
-    grad_x, grad_quality = result.bwd((grad_logdet, grad_gains), inputs, result.saved, *settings)
+    with _check.own_dtypes(x.device.type):
+        grad_x, grad_quality = result.bwd((grad_logdet, grad_gains), inputs, result.saved, *settings)
     assert grad_x is not None
     return grad_x.contiguous(), x.new_empty(0) if grad_quality is None else grad_quality.contiguous()
 

@@ -5,9 +5,13 @@ Import the module you need. ``methods`` has the losses that they know by name.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 from .. import _check
+
+logger = logging.getLogger(__name__)
 
 
 def missing(error: ModuleNotFoundError, extra: str) -> ImportError:
@@ -18,4 +22,17 @@ def missing(error: ModuleNotFoundError, extra: str) -> ImportError:
 def sampling(grad: Any, tau: Any) -> dict[str, Any]:
     """linear_logps' choice of gradient, checked when a framework's slot is filled and not at its first step."""
     _check.gradient(grad, tau)
+    _tell(grad, tau)
     return {"grad": grad, "tau": tau}
+
+
+@functools.cache
+def _tell(grad: str, tau: float | None) -> None:
+    """Log once which gradient linear_logps then takes; a sampled one loud enough for who has set up no logging."""
+    if grad == "exact" or (grad == "auto" and tau is None):
+        logger.info("linear_logps: exact gradients (grad=%r)", grad)
+        return
+    text = (
+        "linear_logps: sampled gradients (grad=%r, tau=%s): two equal calls give two of them, see docs/linear_logps.md"
+    )
+    logger.warning(text, grad, "the dtype's own" if tau is None else f"{tau:g}")

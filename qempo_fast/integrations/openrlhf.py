@@ -59,7 +59,7 @@ def _checked(module: Any, name: str) -> Callable[..., Any]:
 
 
 # Of the actors that are built from now on: what use_fused_logps was last called with.
-_gradient: dict[str, Any] = sampling("auto", None)
+_gradient: dict[str, Any] = {"grad": "auto", "tau": None}
 
 
 def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
@@ -69,8 +69,7 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
     head's weight outside the layer that owns it.
 
     Args:
-        grad, tau: as ``qf.linear_logps``. "auto" samples the vocabulary gradient of bfloat16 weights: two equal calls
-            give two gradients. "exact" does not.
+        grad, tau: as ``qf.linear_logps``: exact unless "sampled" or a tau is given.
 
     Raises:
         ImportError: OpenRLHF is not installed, or its actor is not the one of 0.11.2.

@@ -34,7 +34,7 @@ POLICY_LOSS = "qempo_sequence"
 EMBEDDING = "qempo_embedding"
 
 # The gradient of both slots: what use_fused_logps was last called with.
-_gradient: dict[str, Any] = sampling("auto", None)
+_gradient: dict[str, Any] = {"grad": "auto", "tau": None}
 
 # What this module takes the place of, and what that must accept: checked at import, so that an upgrade fails loudly.
 _HOOKS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
@@ -103,8 +103,7 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
     """Put linear_logps in both slots of ``actor_rollout_ref.model.use_fused_kernels=True``; importing this does it.
 
     Args:
-        grad, tau: as ``qf.linear_logps``, for both slots. "auto" samples the vocabulary gradient of bfloat16 weights:
-            two equal calls give two gradients. "exact" does not.
+        grad, tau: as ``qf.linear_logps``, for both slots: exact unless "sampled" or a tau is given.
 
     Raises:
         ImportError: verl lacks a hook.

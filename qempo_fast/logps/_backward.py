@@ -12,15 +12,13 @@ import torch
 
 from ._forward import new_tile
 from ._gemm import add_product, linear, product
-from ._head import HeadTensors, Kept, Logits, RowGrads, Tile, part_of, tile_view
+from ._head import HeadTensors, Kept, Logits, RowGrads, Tile, centre_of, part_of, tile_view
 from ._options import Options, TileSizes, accumulator
 from ._tile_pass import RowSum, TilePass
 
 # oneDNN compiles a kernel for each new width, and cuBLAS wants multiples of 8: kept columns are padded to a multiple,
 # with rows of zeros. With at most TileSizes.kept columns at a time that makes a handful of widths in all.
 PAD = 128
-# Rows of the weight whose mean is taken off the sampled sum; any number of them leaves it unbiased.
-CENTRE_ROWS = 1024
 
 Three = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -90,9 +88,9 @@ def backward(
     logits is emptied: its tiles are overwritten.
     """
     # Where every chunk is past break-even nothing is sampled, and the exact path has the fewer passes over dweight.
-    if options.tau is None or all(k.columns is None for k in kept):
+    if not options.sampled or all(k.columns is None for k in kept):
         size = tiles.sizes(False, head.hidden)
-        return _exact(tiles, head, grads, options, needs, size, {} if logits is None else logits)
+        return _exact(tiles, head, grads, options, needs, size, logits)
     return _Sampled(tiles, head, grads, kept, options, needs, tiles.sizes(True, head.hidden)).run()
 
 
@@ -103,7 +101,7 @@ def _exact(
     options: Options,
     needs: tuple[bool, bool, bool],
     size: TileSizes,
-    logits: Logits,
+    logits: Logits | None,
 ) -> Three:
     """Vocabulary outside, rows inside: each row of dweight is summed over all rows of hidden and written once."""
     hidden, weight, acc = head.hidden, head.weight, accumulator(head.hidden.dtype)
@@ -144,8 +142,8 @@ def _spread(dh: torch.Tensor, live: _Live, hidden: torch.Tensor) -> torch.Tensor
     return dh if live.index is None else torch.zeros_like(hidden).index_copy_(0, live.index, dh)
 
 
-def _kept_or_again(logits: Logits, rows: _Rows, v: int, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    z = logits.pop((rows.first, v), None)
+def _kept_or_again(logits: Logits | None, rows: _Rows, v: int, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    z = None if logits is None else logits.tiles.pop((rows.first, v), None)
     if z is None:
         return linear(rows.head.hidden, w, out)
     return z if isinstance(rows.index, slice) else z[rows.index - rows.first]
@@ -241,7 +239,7 @@ class _Sampled:
         # Over all columns a row's dloss/dlogits sum to 0, so dhidden = sum_j dz_j (W_j - c) for any c, and near the
         # mean row the sampling error is smaller. A softmax cap, or a shard, leaves a sum that is not known.
         centred = needs[0] and options.softcap is None and options.group is None
-        self.centre = weight[:: max(1, len(weight) // CENTRE_ROWS)].mean(0, dtype=acc) if centred else None
+        self.centre = centre_of(weight) if centred else None
         counts = [c.within(b).stop - c.within(b).start for c in self.chunks if c.ends for b in range(len(self.blocks))]
         width = min(size.kept_columns, max(counts, default=0))
         width += -width % PAD

@@ -5,7 +5,7 @@ It costs one GEMM, 2NDV. _backward.py has the gradients; docs/linear_logps.md th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from . import stats as latest
 from ._gemm import linear
 from ._head import Draw, HeadTensors, Kept, Logits, Tile, part_of, tile_view
 from ._options import Options, TileSizes, accumulator
+from ._pilots import MANY, Chosen, choose
 from ._row_stats import RowStats
 from ._tile_pass import TilePass
 
@@ -33,7 +34,7 @@ class _Span:
 
 def _spans(tiles: TilePass, block: HeadTensors, stats: RowStats, options: Options, size: TileSizes) -> list[_Span]:
     n, vocabulary = len(block.targets), block.weight.shape[0]
-    if options.tau is None:
+    if not options.sampled:
         step = n if tiles.together else size.chunk
         ends = [(a, min(a + step, n)) for a in range(0, n, step)]
         return [_Span(a, b, block.rows(slice(a, b)), stats.rows(a, b)) for a, b in ends]
@@ -51,16 +52,19 @@ def _spans(tiles: TilePass, block: HeadTensors, stats: RowStats, options: Option
 def forward(
     tiles: TilePass, head: HeadTensors, options: Options, first_column: int, logits: Logits | None = None
 ) -> tuple[RowStats, list[Kept]]:
-    """Row statistics over this weight's columns and, where options.tau is set, the kept columns of each row chunk.
+    """Row statistics over this weight's columns and, of a sampled gradient, the columns that each row chunk keeps.
 
-    Tiles of raw logits go into logits where it is given.
+    Tiles of raw logits go into logits while it has room.
     """
     n, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     stats = RowStats.new(n, accumulator(head.hidden.dtype), head.hidden.device, options.entropy, options.sum_sq)
-    size = tiles.sizes(options.tau is not None, head.hidden)
+    size = tiles.sizes(options.sampled, head.hidden)
     width = min(size.columns, vocabulary)
-    buffer = head.hidden.new_empty(min(size.rows, n) * (width + -width % tiles.align)) if logits is None else None
-    draws = []
+    if logits is not None and not logits.fits(min(size.rows, n), width, head.hidden.element_size()):
+        logits = None
+    buffer = head.hidden.new_empty(min(size.rows, n) * (width + -width % tiles.align))
+    draws: list[Any] = []
+    waiting: list[tuple[int, _Span]] = []
     for a in range(0, n, size.rows):
         block = head.rows(slice(a, min(a + size.rows, n)))
         spans = _spans(tiles, block, stats.rows(a, a + size.rows), options, size)
@@ -69,10 +73,42 @@ def forward(
         alone = logits is None and len(spans) == 1 and (one.forced is None or len(one.forced) == 1)
         if not (alone and tiles.fused(one.head, one.stats, one.floor, one.columns, options)):
             _tiles(tiles, block, spans, options, size, buffer, a, logits)
-        draws += [_draw(tiles, s, options, a + s.a, first_column, size) for s in spans if s.columns is not None]
+        if options.error is not None:
+            waiting += [(a + s.a, _reduced(s, size.chunk)) for s in spans]
+        elif options.sampled:
+            draws += [_draw(tiles, s, options, a + s.a, first_column, size) for s in spans]
+    chosen = None
+    if waiting:
+        chosen = _choose(head, stats, [s for _, s in waiting], options, size, tiles.together)
+        draws = [_draw(tiles, s, replace(options, tau=1.0), a, first_column, size) for a, s in waiting]
     kept = [_kept(*draw, size.break_even * vocabulary) for draw in tiles.count(draws)]
-    latest.record(tiles.name, n, vocabulary, options.tau, options.seed, size.chunk, kept, bool(logits))
+    held = logits is not None and bool(logits.tiles)
+    latest.record(tiles.name, n, vocabulary, options, size.chunk, kept, held, chosen)
     return stats, kept
+
+
+def _reduced(span: _Span, chunk: int) -> _Span:
+    """With one row of bounds for each chunk: until the last row of all has been seen, those of every chunk wait."""
+    assert span.columns is not None
+    if span.columns.ndim == 1:
+        return span
+    chunks = -(-(span.b - span.a) // chunk)
+    return replace(span, columns=span.columns.view(chunks, -1, span.columns.shape[1]).amax(1))
+
+
+def _choose(
+    head: HeadTensors, stats: RowStats, spans: list[_Span], options: Options, size: TileSizes, wide: bool
+) -> Chosen:
+    """The threshold of all chunks; it goes into their bounds, u / tau against 1, so that no GPU has it read back."""
+    bounds = torch.cat([s.columns.view(-1, len(head.weight)) for s in spans if s.columns is not None])
+    forced = torch.cat([s.forced for s in spans if s.forced is not None])
+    # As many entries as a tile has, of few rows.
+    width = max(size.columns, size.columns * size.rows // MANY) if wide else size.columns
+    chosen = choose(head, stats, bounds, forced, options, size.chunk, width)
+    for s in spans:
+        assert s.columns is not None
+        s.columns.sub_(chosen.tau.log())
+    return chosen
 
 
 def _tiles(
@@ -81,7 +117,7 @@ def _tiles(
     spans: list[_Span],
     options: Options,
     size: TileSizes,
-    buffer: torch.Tensor | None,
+    buffer: torch.Tensor,
     first: int,
     logits: Logits | None,
 ) -> None:
@@ -89,13 +125,14 @@ def _tiles(
     n, vocabulary = len(block.targets), block.weight.shape[0]
     for v in range(0, vocabulary, size.columns):
         w = block.weight[v : v + size.columns]
-        z = linear(block.hidden, w, new_tile(block.hidden, n, len(w), tiles.align, buffer))
+        kept = logits if logits is not None and logits.fits(n, len(w), w.element_size()) else None
+        z = linear(block.hidden, w, new_tile(block.hidden, n, len(w), tiles.align, None if kept else buffer))
         bias = part_of(block.bias, v, v + len(w))
         for s in spans:
             tile = Tile(z[s.a : s.b], bias, s.head.inv_temperature, s.head.targets)
             tiles.forward(tile, s.stats, s.floor, s.columns, v, options)
-        if logits is not None:
-            logits[first, v] = z
+        if kept is not None:
+            kept.keep((first, v), z)
 
 
 def new_tile(

@@ -101,8 +101,9 @@ class LinearLogps(torch.autograd.Function):
         n = hidden.shape[0]
         ctx.targets, ctx.inv_temperature, ctx.live = targets - first_column, inv_temperature, live
         head = head_of(hidden, weight, bias, ctx.targets, inv_temperature, live)
-        logits: Logits | None = {} if options.keep_logits else None
-        stats, kept = driver_forward(tiles, head, options, first_column, logits)
+        logits = Logits(options.keep_logits) if options.keep_logits else None
+        with _check.own_dtypes(hidden.device.type):
+            stats, kept = driver_forward(tiles, head, options, first_column, logits)
         if options.group is not None:
             stats = stats.merged(options.group)
         lse, entropy = stats.lse(), stats.entropy()

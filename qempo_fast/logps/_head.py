@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from ..reference.logps import finish_head
 from ._options import Options, accumulator
+
+# Rows of the weight whose mean is taken off the sampled sum.
+CENTRE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,28 @@ class Draw(NamedTuple):
     first_column: int
 
 
-# Raw logits of exact steps that fit the memory budget, by (first row, first column) of the tile.
-Logits = dict[tuple[int, int], torch.Tensor]
+@dataclass
+class Logits:
+    """Raw logits that an exact forward keeps for its backward, by (first row, first column) of a tile.
+
+    left: bytes that may still be kept. The tiles past them are computed again.
+    """
+
+    left: int
+    tiles: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def fits(self, rows: int, columns: int, size: int) -> bool:
+        """Whether a tile of so many entries of size bytes may still be kept."""
+        return rows * columns * size <= self.left
+
+    def keep(self, at: tuple[int, int], z: torch.Tensor) -> None:
+        self.tiles[at] = z
+        self.left -= z.numel() * z.element_size()
+
+
+def centre_of(weight: torch.Tensor) -> torch.Tensor:
+    """The mean of about CENTRE_ROWS rows, spread evenly; any number of them leaves the sampled gradient unbiased."""
+    return weight[:: max(1, len(weight) // CENTRE_ROWS)].mean(0, dtype=accumulator(weight.dtype))
 
 
 def part_of(x: torch.Tensor | None, a: int, b: int) -> torch.Tensor | None:

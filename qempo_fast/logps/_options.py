@@ -11,9 +11,9 @@ from torch.distributed import ProcessGroup
 
 from .. import _check
 
-# Keep thresholds whose sampling error stays under the rounding of the dtype: docs/linear_logps.md has the table. On
-# real hidden states 2^-11 errs by 0.003 where plain bfloat16 errs by 0.012 (dHidden) and 0.016 (dWeight), and the two
-# together by a twentieth more than plain; at 2^-10, which keeps two thirds of the columns, by a seventh in dWeight.
+# Keep thresholds of grad="sampled" where none is given: docs/linear_logps.md has the table. On the hidden states of
+# text 2^-11 errs by 0.003 where plain bfloat16 errs by 0.012 (dHidden) and 0.016 (dWeight), and the two together by a
+# twentieth more than plain. Where the softmax is flat or sure of a column it can be ten times plain's: no default.
 DEFAULT_TAU = {
     torch.float64: 2.0**-9,
     torch.float32: 2.0**-9,
@@ -23,13 +23,22 @@ DEFAULT_TAU = {
 # Past this kept share the gather costs more than the columns it saves: on CPU, where T(f) is 171 + 556 f ms of 603 in
 # bfloat16 and 310 + 964 f of 1203 in float32 (SmolLM2, 2048 rows). policy.py has the GPUs'.
 BREAK_EVEN = 0.8
+# What a draw may add to dhidden, relative to its norm, where no tau is given. In half precision about what rounding
+# dhidden to its dtype adds (bfloat16: 0.0017), so that the whole error is at most twice plain torch's whatever the
+# softmax is like. In float32 the error of sampling is all that there is: what bfloat16 costs.
+ERROR = {torch.float64: 2.0**-7, torch.float32: 2.0**-7, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+# Rows from which grad="auto" samples for a head that is not trained: the pilots of fewer cost as much as is saved.
+AUTO_ROWS = 512
 # At equal tau the entropy gradient triples the kept share and cuts the error eightfold.
 ENTROPY_TAU = 8.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """tau is None for the exact gradient, which may keep its logits; seed drives the sampled one."""
+    """The gradient is sampled at threshold tau, or at one that adds the relative error; both None: exact.
+
+    An exact one may keep so many bytes of logits; seed drives a sampled one.
+    """
 
     logit_scale: float
     softcap: float | None
@@ -38,7 +47,12 @@ class Options:
     tau: float | None
     seed: int
     group: ProcessGroup | None
-    keep_logits: bool = False
+    keep_logits: int = 0
+    error: float | None = None
+
+    @property
+    def sampled(self) -> bool:
+        return self.tau is not None or self.error is not None
 
 
 @dataclass(frozen=True)
@@ -66,23 +80,37 @@ class TileSizes:
         return self.kept or self.columns
 
 
-def logits_fit(rows: int, weight: torch.Tensor) -> bool:
-    """Whether an exact step may keep its logits for the backward: QEMPO_KEEP_LOGITS in MiB.
+def logits_budget(rows: int, weight: torch.Tensor) -> int:
+    """Bytes of logits that an exact step of so many rows may keep for its backward: QEMPO_KEEP_LOGITS in MiB.
 
-    Where that is not set, an eighth of the weight's memory, so at most D / 8 rows: little beside dweight, and few rows
-    are where recomputing costs most. Exact at N = 64 of a bfloat16 Llama-3-8B head: 0.82 of the time.
+    Where that is not set, as many as the weight has, which is the size of dweight, and at most a sixteenth of what is
+    free on its device: N = D rows cost 6NDV, and of more rows the first D do. Recomputing costs most where rows are
+    few: exact at N = 64 of a bfloat16 Llama-3-8B head, 0.82 of the time.
     """
     value = os.environ.get("QEMPO_KEEP_LOGITS", "").strip()
-    size = rows * weight.shape[0] * weight.element_size()
     if not value:
-        return size * 8 <= weight.nbytes
+        few = weight.nbytes // 8
+        # Of few rows without a look at what is free, which on a GPU may take longer than their kernels.
+        if rows * weight.shape[0] * weight.element_size() <= few:
+            return few
+        return min(weight.nbytes, max(few, _free(weight.device) // 16))
     try:
         budget = float(value)
     except ValueError:
         budget = math.nan
     if not 0 <= budget < math.inf:
         _check.bad_value("QEMPO_KEEP_LOGITS", "MiB, a number of at least 0", value)
-    return size <= budget * 2**20 and budget > 0
+    return int(budget * 2**20)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that the device has free, those that torch's allocator holds unused on a GPU included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    # Not all systems tell; then the eighth of the weight stands.
+    names = getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in names else 0
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from .._operator import scalar
 from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
 from . import _inputs, _sharded, op
 from ._function import LinearLogps, live_rows
-from ._options import DEFAULT_TAU, ENTROPY_TAU, Options, accumulator, logits_fit
+from ._options import AUTO_ROWS, DEFAULT_TAU, ENTROPY_TAU, ERROR, Options, accumulator, logits_budget
 from .segments import summed
 
 
@@ -52,10 +52,10 @@ def linear_logps(
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
         logps = z[target] - logsumexp(z);  entropy = -sum_j p_j log p_j;  sum_sq = log sum_j p_j^2,  p = softmax(z)
 
-    The gradient is exact, or sampled: an unbiased estimate that keeps vocabulary column j of a chunk of rows with
-    probability min(1, u_j / tau), u_j an upper bound on its softmax entries there, and divides what it keeps by that
-    probability (docs/linear_logps.md). logps and entropy are differentiable, once, in hidden, weight and bias;
-    temperature and sum_sq are not.
+    The gradient is exact or, where that is asked for, sampled: an unbiased estimate that keeps vocabulary column j of a
+    chunk of rows with probability min(1, u_j / tau), u_j an upper bound on its softmax entries there, and divides what
+    it keeps by that probability (docs/linear_logps.md). logps and entropy are differentiable, once, in hidden, weight
+    and bias; temperature and sum_sq are not.
 
     Args:
         hidden: (..., D) float16, bfloat16, float32 or float64.
@@ -68,8 +68,8 @@ def linear_logps(
         softcap: caps it smoothly at +-softcap (Gemma 2); None for no cap.
         ignore_index: rows with this target count nowhere: outputs and gradients are 0.
         entropy, sum_sq: ask for these outputs.
-        grad: "exact", "sampled", or "auto": exact for float32 and float64 weights unless tau is given, sampled for
-            bfloat16 and float16 with a tau whose error stays under what the dtype's own rounding costs.
+        grad: "exact", "sampled", or "auto": exact unless tau is given. docs/linear_logps.md says what a sampled
+            gradient does to an optimiser.
         tau: keep threshold of the sampled gradient; smaller keeps more columns. None: 2^-9, for bfloat16 2^-11,
             for float16 2^-13; eight times that with entropy.
         process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
@@ -92,8 +92,9 @@ def linear_logps(
         _check.boolean("sum_sq", sum_sq)
         inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(hidden.dtype))
         name = _backends.choose("linear_logps", hidden.device, backend)
-    cap, keep = None if softcap is None else float(softcap), _tau(grad, tau, weight, hidden, bias, entropy)
-    options = Options(float(logit_scale), cap, entropy, sum_sq, keep, 0, process_group)
+    cap = None if softcap is None else float(softcap)
+    options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group)
+    options = _sampling(options, grad, tau, hidden, weight, bias)
     run = _traced if process_group is None and _check.traced(hidden) else _eager
     if process_group is not None and torch.compiler.is_compiling():
         # Collectives and the sizes of the shards stay out of the graph: it breaks here, or fullgraph=True says so.
@@ -119,21 +120,21 @@ def _eager(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor
     _inputs.check_values(targets, vocabulary, inv_temperature, ignore_index)
     counted = targets != ignore_index
     live = live_rows(counted)
-    if options.tau is not None:
+    if options.sampled:
         options = replace(options, seed=int(_seed()))
     elif _wants_gradient(hidden, weight, bias):
         rows = len(targets) if live is None else len(live)
-        options = replace(options, keep_logits=logits_fit(rows, weight))
+        options = replace(options, keep_logits=logits_budget(rows, weight))
     logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
     return _inputs.marked(logps, targets, counted, vocabulary), h, ss
 
 
 def _traced(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
-    seed = None if options.tau is None else _seed()
+    seed = _seed() if options.sampled else None
     logps, h, ss, *_ = op.linear(
         *(hidden, weight, bias, targets, inv_temperature, seed),
-        *map(scalar, (options.logit_scale, options.softcap, options.tau)),
+        *map(scalar, (options.logit_scale, options.softcap, options.tau, options.error)),
         *(ignore_index, options.entropy, options.sum_sq, op.chunk_rows(hidden.device, name), name),
     )
     counted = targets != ignore_index
@@ -216,20 +217,25 @@ def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _tau(
+def _sampling(
+    options: Options,
     grad: str,
     tau: float | None,
-    weight: torch.Tensor,
     hidden: torch.Tensor,
+    weight: torch.Tensor,
     bias: torch.Tensor | None,
-    entropy: bool,
-) -> float | None:
-    """Keep threshold of this call, None for an exact gradient or where no gradient is wanted."""
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    if grad == "exact" or (grad == "auto" and tau is None and not half):
-        return None
-    if not _wants_gradient(hidden, weight, bias):
-        return None
+) -> Options:
+    """With the threshold of this call, or the error that sets it; as they are for an exact gradient or none."""
+    if grad == "exact" or not _wants_gradient(hidden, weight, bias):
+        return options
     if tau is not None:
-        return float(tau)
-    return DEFAULT_TAU[weight.dtype] * (ENTROPY_TAU if entropy else 1.0)
+        return replace(options, tau=float(tau))
+    # The error is that of dhidden in the log-probs alone, and its pilots want the whole vocabulary.
+    told = not options.entropy and options.group is None
+    if grad == "auto":
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        if not half or not told or _wants_gradient(weight, bias) or hidden.numel() < AUTO_ROWS * hidden.shape[-1]:
+            return options
+    if told:
+        return replace(options, error=ERROR[weight.dtype])
+    return replace(options, tau=DEFAULT_TAU[weight.dtype] * (ENTROPY_TAU if options.entropy else 1.0))

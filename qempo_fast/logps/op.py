@@ -75,11 +75,18 @@ chunk_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _options(
-    scale: torch.Tensor, softcap: _Optional, tau: _Optional, entropy: bool, sum_sq: bool, seed: int
+    scale: torch.Tensor,
+    softcap: _Optional,
+    tau: _Optional,
+    error: _Optional,
+    entropy: bool,
+    sum_sq: bool,
+    seed: int,
 ) -> Options:
     cap = None if softcap is None else number("softcap", softcap)
     keep = None if tau is None else number("tau", tau)
-    return Options(number("logit_scale", scale), cap, entropy, sum_sq, keep, seed, None)
+    most = None if error is None else number("error", error)
+    return Options(number("logit_scale", scale), cap, entropy, sum_sq, keep, seed, None, error=most)
 
 
 # Both read sizes from the device: a captured graph would keep those of its first run, and capturing fails.
@@ -97,6 +104,7 @@ def linear_logps_fwd(
     logit_scale: torch.Tensor,
     softcap: torch.Tensor | None,
     tau: torch.Tensor | None,
+    error: torch.Tensor | None,
     ignore_index: int,
     entropy: bool,
     sum_sq: bool,
@@ -114,14 +122,15 @@ def linear_logps_fwd(
     n, vocabulary = hidden.shape[0], weight.shape[0]
     check_values(targets, vocabulary, inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
-    options = _options(logit_scale, softcap, tau, entropy, sum_sq, 0 if seed is None else int(seed))
+    options = _options(logit_scale, softcap, tau, error, entropy, sum_sq, 0 if seed is None else int(seed))
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     head = head_of(hidden, weight, bias, targets, inv_temperature, live)
-    stats, kept = driver_forward(tiles, head, options, 0)
+    with _check.own_dtypes(hidden.device.type):
+        stats, kept = driver_forward(tiles, head, options, 0)
     lse = stats.lse()
     outputs = (stats.logps(lse), stats.entropy(), stats.log_sum_sq(), lse)
     full = [lse.new_empty(0) if x is None else scatter(x, live, n) for x in outputs]
-    rows = 0 if tau is None else -(-n // chunk)
+    rows = -(-n // chunk) if options.sampled else 0
     return full[0], full[1], full[2], full[3], _scales(kept, rows, lse, vocabulary if rows else 0)
 
 
@@ -136,6 +145,7 @@ def _(
     logit_scale: Any,
     softcap: Any,
     tau: Any,
+    error: Any,
     ignore_index: int,
     entropy: bool,
     sum_sq: bool,
@@ -143,7 +153,8 @@ def _(
     backend: str,
 ) -> Any:
     n, acc = hidden.shape[0], accumulator(hidden.dtype)
-    kept = (0, 0) if tau is None else (-(-n // chunk), weight.shape[0])
+    sampled = tau is not None or error is not None
+    kept = (-(-n // chunk), weight.shape[0]) if sampled else (0, 0)
     shapes = ((n,), (n if entropy else 0,), (n if sum_sq else 0,), (n, 2), kept)
     return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
 
@@ -163,6 +174,7 @@ def linear_logps_bwd(
     logit_scale: torch.Tensor,
     softcap: torch.Tensor | None,
     tau: torch.Tensor | None,
+    error: torch.Tensor | None,
     needs: list[bool],
     ignore_index: int,
     backend: str,
@@ -174,10 +186,10 @@ def linear_logps_bwd(
     check_values(targets, weight.shape[0], inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
     head = head_of(hidden, weight, bias, targets, inv_temperature, live)
-    options = _options(logit_scale, softcap, tau, grad_entropy is not None, False, 0)
+    options = _options(logit_scale, softcap, tau, error, grad_entropy is not None, False, 0)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     # scales has a row for each chunk that there would be were every row counted.
-    chunks = 0 if tau is None else -(-len(head.targets) // tiles.sizes(True).chunk)
+    chunks = -(-len(head.targets) // tiles.sizes(True).chunk) if options.sampled else 0
     if chunks:
         _check.tensor("scales", scales, dtypes=(lse.dtype,), shape=(-1, weight.shape[0]), device=hidden.device)
         if len(scales) < chunks:
@@ -200,16 +212,16 @@ def linear_logps_bwd(
 @linear_logps_bwd.register_fake
 def _(
     grad: Any, grad_entropy: Any, hidden: Any, weight: Any, bias: Any, t: Any, i: Any, lse: Any, h: Any, s: Any,
-    scale: Any, softcap: Any, tau: Any, needs: Any, *settings: Any,
+    scale: Any, softcap: Any, tau: Any, error: Any, needs: Any, *settings: Any,
 ) -> Any:  # fmt: skip
     inputs = (hidden, weight, bias)
     return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(inputs, needs, strict=True))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *head, _, scale, softcap, tau, ignore_index, entropy, _, _, backend = inputs
+    *head, _, scale, softcap, tau, error, ignore_index, entropy, _, _, backend = inputs
     _, h, sum_sq, lse, scales = output
-    ctx.save_for_backward(*head, lse, h, scales, scale, softcap, tau)
+    ctx.save_for_backward(*head, lse, h, scales, scale, softcap, tau, error)
     ctx.entropy, ctx.settings = entropy, (ignore_index, backend)
     ctx.mark_non_differentiable(sum_sq, lse, scales)
 
@@ -220,7 +232,7 @@ def _linear_backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor, *
     with torch.no_grad():
         three = linear_logps_bwd(grad, of_entropy, *saved, needs, *ctx.settings)
     grads = [g if need else None for g, need in zip(three, needs, strict=True)]
-    return *once("linear_logps", grads, (grad, of_entropy, *saved[:3])), *[None] * 11
+    return *once("linear_logps", grads, (grad, of_entropy, *saved[:3])), *[None] * 12
 
 
 linear = differentiable(linear_logps_fwd, _linear_setup, _linear_backward)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._head import Kept
+    from ._options import Options
+    from ._pilots import Chosen
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class LogpsStats:
     kept_columns: tuple[int, ...]
     exact_chunks: int
     kept_logits: bool
+    error: float | None = None
+    row_errors: tuple[float, ...] = ()
 
     @property
     def kept_shares(self) -> tuple[float, ...]:
@@ -42,16 +46,17 @@ def record(
     backend: str,
     rows: int,
     vocabulary: int,
-    tau: float | None,
-    seed: int,
+    options: Options,
     chunk_rows: int,
     kept: list[Kept],
     kept_logits: bool,
+    chosen: Chosen | None,
 ) -> None:
     counts = tuple(vocabulary if k.columns is None else len(k.columns) for k in kept)
     exact = sum(k.columns is None for k in kept)
-    drawn = None if tau is None else seed
-    _local.stats = LogpsStats(backend, rows, vocabulary, tau, drawn, chunk_rows, counts, exact, kept_logits)
+    seed = options.seed if options.sampled else None
+    stats = LogpsStats(backend, rows, vocabulary, options.tau, seed, chunk_rows, counts, exact, kept_logits)
+    _local.stats, _local.chosen = stats, chosen
 
 
 def last_stats() -> LogpsStats | None:
@@ -62,9 +67,18 @@ def last_stats() -> LogpsStats | None:
 
     Returns:
         LogpsStats with backend (its name), rows (tokens counted), vocabulary (rows of weight, on a shard its own), tau
-        and seed (None where no column is dropped), chunk_rows (rows that choose their columns together), kept_columns
+        and seed (None where the gradient is exact), error (what the draw is expected to add to dhidden, relative to its
+        norm where all rows weigh alike) and row_errors (the same of each of a few rows; both where tau was chosen by
+        them, and too large where chunks are exact), chunk_rows (rows that choose their columns together), kept_columns
         (of each such chunk; empty with an exact gradient), exact_chunks (chunks past break-even, which count as
-        vocabulary columns), kept_logits (held for the backward: QEMPO_KEEP_LOGITS), and the properties kept_shares and
-        kept_share.
+        vocabulary columns), kept_logits (whether some are held for the backward: QEMPO_KEEP_LOGITS), and the properties
+        kept_shares and kept_share.
     """
-    return getattr(_local, "stats", None)
+    stats: LogpsStats | None = getattr(_local, "stats", None)
+    chosen: Chosen | None = getattr(_local, "chosen", None)
+    if stats is None or chosen is None:
+        return stats
+    # Read here: in the forward each number would have made the host wait for the GPU.
+    tau, error, rows = float(chosen.tau), float(chosen.error), tuple(chosen.rows.tolist())
+    _local.stats, _local.chosen = replace(stats, tau=tau, error=error, row_errors=rows), None
+    return _local.stats

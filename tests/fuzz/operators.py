@@ -96,7 +96,14 @@ def _linear(seed: int) -> dict[str, Any]:
     x |= {"bias": d.of(None, d.floats(vocabulary)), "targets": d.ints(0, vocabulary, n).long()}
     x |= {"inv_temperature": d.of(None, d.floats(n, dtype=_wide(d.dtype)).abs() + 0.5)}
     x |= {"seed": torch.tensor(7, device="cpu"), "ignore_index": -100, "logit_scale": 1.0, "softcap": d.of(None, 3.0)}
-    x |= {"entropy": d.of(True, False), "sum_sq": False, "tau": d.of(None, 0.05), "chunk": 1024, "backend": "cpu"}
+    x |= {
+        "entropy": d.of(True, False),
+        "sum_sq": False,
+        "tau": d.of(None, 0.05),
+        "error": None,
+        "chunk": 1024,
+        "backend": "cpu",
+    }
     return x
 
 

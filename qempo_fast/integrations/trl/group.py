@@ -17,7 +17,7 @@ from ... import _check
 from ...reference.family import AlphaBeta
 from ..methods import GROUPS, Method, by_name
 from .constraint import QualityConstraintCallback
-from .kernel import use_fused_logps
+from .kernel import own_logps
 from .settings import (
     refuse_no_reference,
     refuse_unknown,
@@ -73,7 +73,9 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         loss_kwargs: its hyperparameters.
         embedder: completions as text, list of S, to embeddings (S, d); "dqo" trains with it, and with any other loss,
             "grpo" too, that is given by name it has the diversity logged.
-        fused: score with ``linear_logps`` (see ``use_fused_logps``); False leaves TRL's kernel.
+        fused: score with ``linear_logps`` (see ``use_fused_logps``); False leaves what stands in TRL's seam.
+        grad, tau: as ``qf.linear_logps``, for the calls of this trainer. At their defaults an outer ``use_fused_logps``
+            counts.
 
     Logged besides TRL's own metrics: diversity_gain and logdet (with an embedder), lam and mu (with a constraint),
     sequence_entropy and kl (where the loss reads log-probs and reference).
@@ -98,6 +100,8 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         loss_kwargs: Mapping[str, Any] | None = None,
         embedder: Embedder | None = None,
         fused: bool = True,
+        grad: str = "auto",
+        tau: float | None = None,
         **kwargs: Any,
     ) -> None:
         args = GRPOConfig() if args is None else copy.copy(args)
@@ -106,7 +110,8 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
             _check.bad_value("embedder", wanted, "an embedder alone")
         loss = "grpo" if loss is None else loss
         _check.choice("loss", loss, tuple(GROUP_LOSSES))
-        self._loss_name, self._method, self._embedder, self._fused_logps = loss, GROUP_LOSSES[loss], embedder, fused
+        self._loss_name, self._method, self._embedder = loss, GROUP_LOSSES[loss], embedder
+        self._seam = (fused, grad, tau)
         self._kwargs = dict(loss_kwargs or {})
         constraint = _constraint(kwargs.get("callbacks"))
         if self._method is None:
@@ -174,7 +179,7 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         return {**self._kwargs, **{n: float(getattr(constraint, n)) for n in _FROM_CONSTRAINT[self._loss_name]}}
 
     def _fused(self) -> contextlib.AbstractContextManager[Any]:
-        return use_fused_logps() if self._fused_logps else contextlib.nullcontext()
+        return own_logps(*self._seam)
 
     def _record(self, name: str, value: Any) -> None:
         mode = "train" if self.model.training else "eval"

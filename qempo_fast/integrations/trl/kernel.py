@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,8 +44,7 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None, backend: st
     give it; under TRL's kernel each rank's rows get those of its own tokens alone.
 
     Args:
-        grad, tau, backend: as ``qf.linear_logps``. "auto" samples the vocabulary gradient of bfloat16 and float16
-            weights, without bias; "exact" does not.
+        grad, tau, backend: as ``qf.linear_logps``: exact unless "sampled" or a tau is given.
 
     Returns:
         A handle: ``remove()`` gives TRL its kernel back, and as a context manager it does so on exit.
@@ -54,6 +54,17 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None, backend: st
         TypeError: in a step, a head that is quantised: its integers are not its weights.
     """
     return FusedLogps({**sampling(grad, tau), "backend": backend})
+
+
+def own_logps(fused: bool, grad: str, tau: float | None) -> AbstractContextManager[Any]:
+    """The seam during a trainer's own calls: as its arguments want it, and at their defaults an outer patch counts."""
+    default = grad == "auto" and tau is None
+    if not fused and not default:
+        _check.bad_value("grad", "'auto', and no tau, with fused=False: the seam is left as it is", grad)
+    outer = isinstance(getattr(trl_utils, _SEAM, None), _Kernel)
+    if not fused or (outer and default):
+        return nullcontext()
+    return use_fused_logps(grad=grad, tau=tau)
 
 
 def _seam() -> Any:

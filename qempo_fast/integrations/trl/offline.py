@@ -39,7 +39,7 @@ class OfflineGroupTrainer(ScoreTrainer):
     Args:
         model, ref_model, args, **kwargs: as ``trl.DPOTrainer``; ``per_device_train_batch_size`` counts groups. A batch
             never splits a group. ``args.beta`` is beta unless loss_kwargs has it.
-        loss, loss_kwargs, fused: as ``PreferenceTrainer``.
+        loss, loss_kwargs, fused, grad, tau: as ``PreferenceTrainer``.
 
     Raises:
         ValueError, TypeError: as ``PreferenceTrainer``; a dataset without these columns, a group of fewer than two
@@ -55,6 +55,8 @@ class OfflineGroupTrainer(ScoreTrainer):
         loss: str = "gvpo",
         loss_kwargs: Mapping[str, Any] | None = None,
         fused: bool = True,
+        grad: str = "auto",
+        tau: float | None = None,
         **kwargs: Any,
     ) -> None:
         args = DPOConfig() if args is None else copy.copy(args)
@@ -69,7 +71,8 @@ class OfflineGroupTrainer(ScoreTrainer):
         tell_where_kl_is_qempo(method, kw)
         stand_in = torch.zeros(2, dtype=torch.float32, device="cpu")
         qf.variance_loss(stand_in, stand_in, stand_in, group_size=2, **self._alpha_beta._asdict())
-        super().__init__(model, ref_model, args, reference=self._alpha_beta.beta > 0, fused=fused, **kwargs)
+        logps: dict[str, Any] = {"fused": fused, "grad": grad, "tau": tau}
+        super().__init__(model, ref_model, args, reference=self._alpha_beta.beta > 0, **logps, **kwargs)
         if kwargs.get("data_collator") is None:
             self.data_collator = GroupCollator(self._tokenizer.pad_token_id, args.max_length)
 

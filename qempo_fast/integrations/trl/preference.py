@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from ... import _check
 from ..methods import PAIRS, by_name
 from .constraint import QualityConstraintCallback
-from .kernel import use_fused_logps
+from .kernel import own_logps
 from .settings import (
     refuse_no_reference,
     refuse_unknown,
@@ -53,13 +53,22 @@ class ScoreTrainer(DPOTrainer):  # type: ignore[misc]
     model: Any
 
     def __init__(
-        self, model: Any, ref_model: Any, args: DPOConfig, *, reference: bool, fused: bool, **kwargs: Any
+        self,
+        model: Any,
+        ref_model: Any,
+        args: DPOConfig,
+        *,
+        reference: bool,
+        fused: bool,
+        grad: str,
+        tau: float | None,
+        **kwargs: Any,
     ) -> None:
         if any(isinstance(c, QualityConstraintCallback) for c in kwargs.get("callbacks") or ()):
             _check.bad_value(
                 "callbacks", "no QualityConstraintCallback: stored answers do not follow the policy", "one"
             )
-        self._reference, self._fused_logps = reference, fused
+        self._reference, self._seam = reference, (fused, grad, tau)
         if not reference:
             # The one way to have DPOTrainer load no reference; _precompute_ref_logps below then computes nothing.
             args.precompute_ref_log_probs, ref_model = True, None
@@ -70,7 +79,7 @@ class ScoreTrainer(DPOTrainer):  # type: ignore[misc]
             super().__init__(model, ref_model, args, **kwargs)
 
     def _fused(self) -> contextlib.AbstractContextManager[Any]:
-        return use_fused_logps() if self._fused_logps else contextlib.nullcontext()
+        return own_logps(*self._seam)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self._reference:
@@ -138,7 +147,9 @@ class PreferenceTrainer(ScoreTrainer):
             f_divergence_type, label_smoothing, use_weighting, ...) have to stay at their defaults.
         loss: name of the loss.
         loss_kwargs: its hyperparameters.
-        fused: score with ``linear_logps`` (see ``use_fused_logps``); False leaves TRL's kernel.
+        fused: score with ``linear_logps`` (see ``use_fused_logps``); False leaves what stands in TRL's seam.
+        grad, tau: as ``qf.linear_logps``, for the calls of this trainer. At their defaults an outer ``use_fused_logps``
+            counts.
 
     Raises:
         ValueError, TypeError: an unknown loss; hyperparameters that it does not take or out of range; a setting that it
@@ -155,6 +166,8 @@ class PreferenceTrainer(ScoreTrainer):
         loss: str = "dpo",
         loss_kwargs: Mapping[str, Any] | None = None,
         fused: bool = True,
+        grad: str = "auto",
+        tau: float | None = None,
         **kwargs: Any,
     ) -> None:
         args = DPOConfig() if args is None else copy.copy(args)
@@ -174,7 +187,8 @@ class PreferenceTrainer(ScoreTrainer):
         if n_weak:
             _check_weak(args, n_weak)
             args.dataloader_drop_last = True  # a last batch that is too small has no n_weak other prompts
-        super().__init__(model, ref_model, args, reference=self._alpha_beta.beta > 0, fused=fused, **kwargs)
+        logps: dict[str, Any] = {"fused": fused, "grad": grad, "tau": tau}
+        super().__init__(model, ref_model, args, reference=self._alpha_beta.beta > 0, **logps, **kwargs)
         if n_weak:
             if not hasattr(self.data_collator, "pad_token_id"):
                 _check.bad_value("data_collator", "TRL's DataCollatorForPreference with n_weak", self.data_collator)
