@@ -69,7 +69,7 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
     head's weight outside the layer that owns it.
 
     Args:
-        grad, tau: as ``qf.linear_logps``: exact unless "sampled" or a tau is given.
+        grad, tau: as ``qf.linear_logps``.
 
     Raises:
         ImportError: OpenRLHF is not installed, or its actor is not the one of 0.11.2.

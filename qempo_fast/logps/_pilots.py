@@ -143,7 +143,9 @@ def _measured(head: HeadTensors, stats: RowStats, options: Options, chunk: int, 
     lse = (stats.max[index][:, None], stats.sum[index].log()[:, None])
     both = torch.cat([rows.hidden, signs])
     norm = torch.empty(vocabulary, dtype=acc, device=device)
-    dz = head.hidden.new_empty(len(index), vocabulary)
+    # Entries of 1e-8 count among those that may be dropped, and float16 ends at 6e-8.
+    kind = torch.bfloat16 if head.hidden.dtype == torch.float16 else head.hidden.dtype
+    dz = torch.empty(len(index), vocabulary, dtype=kind, device=device)
     dh = torch.zeros(len(index), depth, dtype=acc, device=device)
     for v in range(0, vocabulary, width):
         w, bias = head.weight[v : v + width], part_of(head.bias, v, v + width)
@@ -158,7 +160,6 @@ def _measured(head: HeadTensors, stats: RowStats, options: Options, chunk: int, 
         part = torch.where(here, -torch.expm1(away), -away.exp()) * scale
         if options.softcap is not None:
             part *= 1 - (z * temperature / options.softcap).square()
-        part = part.to(head.hidden.dtype)
         dz[:, v : v + width] = part
-        dh += product(part, w.t())
+        dh += product(part.to(head.hidden.dtype), w.t())
     return _Pilots(which, dz, dh.square().sum(1), norm, tickets[index].to(acc))

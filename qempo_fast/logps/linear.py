@@ -68,10 +68,12 @@ def linear_logps(
         softcap: caps it smoothly at +-softcap (Gemma 2); None for no cap.
         ignore_index: rows with this target count nowhere: outputs and gradients are 0.
         entropy, sum_sq: ask for these outputs.
-        grad: "exact", "sampled", or "auto": exact unless tau is given. docs/linear_logps.md says what a sampled
-            gradient does to an optimiser.
-        tau: keep threshold of the sampled gradient; smaller keeps more columns. None: 2^-9, for bfloat16 2^-11,
-            for float16 2^-13; eight times that with entropy.
+        grad: "exact", "sampled", or "auto": sampled where tau is given, and in bfloat16 and float16 where neither
+            weight nor bias wants a gradient, hidden has 512 rows or more, and neither entropy nor process_group is
+            asked for; else exact. docs/linear_logps.md says what a sampled gradient does to an optimiser.
+        tau: keep threshold of the sampled gradient; smaller keeps more columns. None: the largest that adds at most
+            2^-9 of the norm of hidden's gradient (float16 2^-12, else 2^-7); with entropy or process_group from a
+            table by dtype.
         process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
             all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
         backend: "cpu", "reference", ... (see backends()); None chooses.
