@@ -36,4 +36,4 @@ def _tell(grad: str, tau: float | None) -> None:
     text = (
         "linear_logps: sampled gradients (grad=%r, tau=%s): two equal calls give two of them, see docs/linear_logps.md"
     )
-    logger.warning(text, grad, "the dtype's own" if tau is None else f"{tau:g}")
+    logger.warning(text, grad, "chosen" if tau is None else f"{tau:g}")
