@@ -105,6 +105,16 @@ def part_of(x: torch.Tensor | None, a: int, b: int) -> torch.Tensor | None:
     return None if x is None else x[a:b]
 
 
+def finished(
+    z: torch.Tensor, bias: torch.Tensor | None, inv_temperature: torch.Tensor | None, options: Options
+) -> torch.Tensor:
+    """Raw logits of a tile to logits, in the dtype of sums."""
+    raw = z.to(accumulator(z.dtype))
+    raw = raw if bias is None else raw + bias
+    temperature = 1.0 if inv_temperature is None else 1 / inv_temperature.unsqueeze(-1)
+    return finish_head(raw, logit_scale=options.logit_scale, softcap=options.softcap, temperature=temperature)
+
+
 def target_scores(head: HeadTensors, options: Options) -> torch.Tensor:
     """(N,) logit of each row's target, -inf where it is in another shard."""
     here = (head.targets >= 0) & (head.targets < head.weight.shape[0])

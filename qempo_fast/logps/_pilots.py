@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..reference.logps import finish_head
 from ._gemm import linear, product
-from ._head import HeadTensors, centre_of, part_of
+from ._head import HeadTensors, centre_of, finished, part_of
 from ._options import Options, accumulator
 from ._row_stats import RowStats
 
@@ -151,10 +150,7 @@ def _measured(head: HeadTensors, stats: RowStats, options: Options, chunk: int, 
         w, bias = head.weight[v : v + width], part_of(head.bias, v, v + width)
         raw, projected = linear(both, w).to(acc).split([len(index), SIGNS])
         norm[v : v + width] = (projected - offset).square().mean(0)
-        z = finish_head(
-            raw if bias is None else raw + bias, logit_scale=options.logit_scale, softcap=options.softcap,
-            temperature=temperature,
-        )  # fmt: skip
+        z = finished(raw, bias, rows.inv_temperature, options)
         away = z - lse[0] - lse[1]
         here = torch.arange(v, v + len(w), device=device, dtype=torch.int64) == rows.targets[:, None]
         part = torch.where(here, -torch.expm1(away), -away.exp()) * scale

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..reference.logps import finish_head
-from ._head import Draw, RowGrads, Tile
-from ._options import Options, TileSizes, accumulator
+from ._head import Draw, RowGrads, Tile, finished
+from ._options import Options, TileSizes
 from ._row_stats import LOWEST, RowStats
 from ._tile_pass import TilePass
 
 _Optional = torch.Tensor | None
-
-
-def _finish(
-    z: torch.Tensor, bias: torch.Tensor | None, inv_temperature: torch.Tensor | None, options: Options
-) -> torch.Tensor:
-    raw = z.to(accumulator(z.dtype))
-    raw = raw if bias is None else raw + bias
-    temperature = 1.0 if inv_temperature is None else 1 / inv_temperature.unsqueeze(-1)
-    return finish_head(raw, logit_scale=options.logit_scale, softcap=options.softcap, temperature=temperature)
 
 
 def _weighted(e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -42,7 +32,7 @@ class TorchPass(TilePass):
         self, tile: Tile, stats: RowStats, floor: _Optional, columns: _Optional, v0: int, options: Options
     ) -> None:
         z, bias, inv_temperature, targets = tile
-        x = _finish(z, bias, inv_temperature, options)
+        x = finished(z, bias, inv_temperature, options)
         top = torch.maximum(stats.max, x.amax(-1))
         # Rows without a logit above -inf so far; one of NaN is none of them.
         seen, before = top != -torch.inf, stats.max != -torch.inf
@@ -72,7 +62,7 @@ class TorchPass(TilePass):
         if inverse is not None:
             z = z[:, : len(inverse)]  # what is behind has a gradient of 0 already
         lse, grad, grad_entropy, entropy = grads.lse, grads.grad, grads.grad_entropy, grads.entropy
-        x = _finish(z, bias, inv_temperature, options)
+        x = finished(z, bias, inv_temperature, options)
         lp = x - lse[:, :1] - lse[:, 1:]
         p = lp.exp()
         d = -grad.unsqueeze(-1) * p
