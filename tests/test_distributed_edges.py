@@ -147,6 +147,8 @@ def ranks_that_disagree(rank: int, world: int) -> None:
         ("softcap", lambda: logps(softcap=9.0 + odd)),
         ("logit_scale", lambda: logps(logit_scale=1.0 + odd)),
         ("ignore_index", lambda: logps(ignore_index=-100 - odd)),
+        ("grad", lambda: logps(hidden.clone().requires_grad_(), grad="sampled" if odd else "exact")),
+        ("grad", lambda: logps(hidden.clone().requires_grad_(), grad="sampled", tau=0.1 if odd else None)),
         ("targets", lambda: logps(temperature=1.0 + odd)),
         ("targets", lambda: logps(hidden[rank:], weight, targets[rank:])),
         ("targets", lambda: logps(t=targets.roll(rank))),

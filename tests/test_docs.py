@@ -190,15 +190,15 @@ def test_blocks_of_trl(tmp_path: Path) -> None:
     [
         (None, {}, None),
         ("auto", {}, None),
-        ("sampled", {}, 2**-8),
-        ("sampled", {"fused": False}, 2**-8),
+        ("sampled", {}, "chosen"),
+        ("sampled", {"fused": False}, "chosen"),
         ("sampled", {"grad": "exact"}, None),
         ("exact", {"tau": 2**-5}, 2**-5),
-        (None, {"grad": "sampled"}, 2**-8),
+        (None, {"grad": "sampled"}, "chosen"),
     ],
 )
 def test_the_trl_page_tells_which_gradient_a_trainer_takes(
-    outer: str | None, own: dict[str, Any], tau: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    outer: str | None, own: dict[str, Any], tau: float | str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under bf16: its own grad and tau, and at their defaults what was in TRL's seam."""
     pytest.importorskip("trl")
@@ -211,7 +211,8 @@ def test_the_trl_page_tells_which_gradient_a_trainer_takes(
     def watched(*args: Any, **kwargs: Any) -> Any:
         out = plain(*args, **kwargs)
         if torch.is_grad_enabled():
-            seen.append((args[1].dtype, qf.last_stats().tau))
+            stats = qf.last_stats()
+            seen.append((args[1].dtype, stats.tau if stats.error is None else "chosen"))
         return out
 
     monkeypatch.setattr(qf, "linear_logps", watched)

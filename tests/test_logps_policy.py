@@ -14,7 +14,7 @@ import qempo_fast as qf
 from qempo_fast import _check, reference
 from qempo_fast.logps import _backward as backward
 from qempo_fast.logps import _gemm as gemm
-from qempo_fast.logps._options import BREAK_EVEN, TileSizes
+from qempo_fast.logps._options import TileSizes
 from qempo_fast.logps._policy import COLUMNS, POLICIES
 from qempo_fast.logps.cpu import CpuPass
 
@@ -225,7 +225,7 @@ def test_break_even_is_where_the_two_ways_cost_the_same(size: int) -> None:
     assert found == sorted(found)
     if size == 2:
         assert found == pytest.approx([0.25, 0.25, 0.58, 0.84], abs=0.01)
-    assert POLICIES["interpreter"].break_even(1024, size) == BREAK_EVEN == CpuPass().sizes(True).break_even
+    assert POLICIES["interpreter"].break_even(1024, size) == TileSizes.break_even == CpuPass().sizes(True).break_even
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -239,7 +239,8 @@ def test_a_step_past_break_even_takes_the_exact_path(backend: str, monkeypatch: 
     wanted = run(qf.linear_logps, flat, torch.float64, grad="exact", backend=backend)
     ours = run(qf.linear_logps, flat, torch.float64, grad="sampled", tau=1e-3, backend=backend)
     for name in ("dhidden", "dweight", "dbias"):
-        assert torch.equal(ours[name], wanted[name]), name
+        # A sampled step has its rows in another order.
+        torch.testing.assert_close(ours[name], wanted[name], rtol=1e-12, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
     stats = qf.last_stats()
     assert stats is not None
     assert stats.exact_chunks == len(stats.kept_columns)

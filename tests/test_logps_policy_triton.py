@@ -90,7 +90,8 @@ def test_blocks_of_the_vocabulary_change_nothing_on_triton(
 ) -> None:
     x = place(make(Case("", 150, 6, 600, temperature=0.9, spread=16.0), dtype), device)
     x.grads[0][60:70] = 0
-    x.hidden[:60] = 0  # the first chunk is past break-even
+    x.hidden[:60] = 0  # the first chunk is past break-even, as long as rows stay where they are
+    monkeypatch.setattr(pass_triton.TritonPass, "ordered", lambda *_: False)
     found = []
     # Three blocks of 256 columns at most, of two tiles, against one.
     for total, gathered in ((4 * 6 * 256, 6 * 6 * 128), (2**30, 2**30)):

@@ -23,8 +23,6 @@ from suite.ops import load
 from suite.provider import Provider
 
 CHOSEN = "qempo_fast sampled, tau chosen"
-# At the threshold that it finds by the error which the draw may add.
-logps.PROVIDERS[CHOSEN] = logps._ours(grad="sampled")
 
 
 def _liger_fallback(case: Any, device: str) -> logps.Logps:
@@ -68,13 +66,13 @@ def groups(rehearse: bool) -> dict[str, Group]:
         few = tuple(c._replace(size=16) for c in LOSSES)
         return {
             "headline": Group("logps", (SMALL,), HEADLINE, 1, 1, 1.0),
-            "shapes": Group("logps", (capped,), OURS_AND_PLAIN, 1, 1, 1.0),
+            "shapes": Group("logps", (capped, capped._replace(frozen=True)), OURS_AND_PLAIN, 1, 1, 1.0),
             "dpp": Group("dpp", (dpp.Case(8, 4, 24),), ("qempo_fast cpu", "qempo_fast cuda", "eager inv"), 1, 1, 1.0),
             "losses": Group("losses", few, ("qempo_fast cpu", "eager"), 1, 1, 1.0),
         }
     return {
         "headline": Group("logps", (GPU,), HEADLINE),
-        "shapes": Group("logps", (GEMMA, *LLAMA, SMOLLM2), OURS_AND_PLAIN, 5, 5),
+        "shapes": Group("logps", (GEMMA, *LLAMA, SMOLLM2, GPU._replace(frozen=True)), OURS_AND_PLAIN, 5, 5),
         "dpp": Group("dpp", DPP, ("qempo_fast cuda", "qempo_fast triton", "eager inv"), 20, 20),
         "losses": Group("losses", LOSSES, ("qempo_fast triton", "eager"), 20, 20),
     }

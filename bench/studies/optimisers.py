@@ -1,10 +1,13 @@
 """What grad="sampled" is to an optimiser: small models trained with it, and its error beside the noise of batches.
 
     OMP_NUM_THREADS=1 python -P bench/studies/optimisers.py --json bench/results/optimisers.json      (20 minutes)
+    ... --only safer --json bench/results/optimisers_safer.json                                       (15 minutes)
 
 training   a causal transformer with a fresh, untied head, from scratch on English text, once with each gradient and
            seed. A seed is one initialisation, one order of the data and one sequence of draws; all modes share the
            former two. Losses are exact, over held-out windows. float32, so that sampling is all that differs.
+safer      the same under AdamW with dWeight alone sampled, in plain torch, and what might make that safe: a floor under
+           the keep probabilities, or the dropped columns by a product of rounded factors.
 noise      SmolLM2-135M's hidden states and head, loss = -mean log-prob: how far dW of one batch is from that of
            another, and one draw of a batch from its exact dW. Tail rows are those that are no token's target.
 """
@@ -17,7 +20,7 @@ import pydoc_data.topics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -127,6 +130,98 @@ MODES: dict[str, Loss] = {
 }
 
 
+# Rows that choose their columns together, as in the library.
+SHARED = 256
+
+
+def four_bits(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """To 4 significant bits, as float8 e4m3 has, without its bounds: what a scale for each slice would give."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 16).round_() / 16, exponent)
+
+
+def int8(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """To -127 .. 127 times a scale for each slice along dim; over rows, which a product sums up, none can differ."""
+    scale = x.abs().amax(dim, keepdim=True).clamp_(min=1e-30) / 127
+    return (x / scale).round_() * scale
+
+
+ROUNDING: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {"4 bits": four_bits, "int8": int8}
+
+
+@dataclass(frozen=True)
+class Safer:
+    """dWeight keeps column j with probability max(floor, min(1, u_j / tau)); rounding: the dropped ones are not 0 but
+    come from rounded dz and hidden, and the kept ones are not scaled; logits: theirs come from rounded factors too.
+    kept: the shares that were drawn, of all runs.
+    """
+
+    tau: float
+    floor: float = 0.0
+    rounding: str | None = None
+    logits: bool = False
+    kept: list[float] = field(default_factory=list)
+
+    def columns_gradient(
+        self, dz: torch.Tensor, p: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Of one choice of columns; dz (n, V) is overwritten."""
+        keep_probability = (p.amax(0) / self.tau).clamp_(self.floor, 1.0)
+        keep_probability[targets] = 1.0
+        kept = torch.rand_like(keep_probability) < keep_probability
+        self.kept.append(float(kept.float().mean()))
+        if self.rounding is None:
+            return dz.mul_(kept / keep_probability.clamp_(min=1e-30)).T @ h
+        out, rounded, dropped = dz.T @ h, ROUNDING[self.rounding], dz[:, ~kept]
+        if self.logits:
+            w = weight[~kept]
+            dropped *= (rounded(h, 1) @ rounded(w, 1).T - h @ w.T).exp_()
+        out[~kept] = rounded(dropped, 0).T @ rounded(h, 0)
+        return out
+
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
+        return -SaferLogps.apply(hidden.flatten(0, 1), weight, targets.flatten(), self).mean()
+
+
+class SaferLogps(torch.autograd.Function):
+    """Log-probs of the targets, all of the softmax at once; dHidden is exact and dWeight what `safer` makes of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, safer: Safer
+    ) -> torch.Tensor:
+        logps = (hidden @ weight.T).log_softmax(1)
+        ctx.save_for_backward(hidden, weight, targets, logps)
+        ctx.safer = safer
+        return logps.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, targets, logps = ctx.saved_tensors
+        dh, dw = [], torch.zeros_like(weight)
+        for h, t, g, p in zip(*(x.split(SHARED) for x in (hidden, targets, grad, logps.exp())), strict=True):
+            dz = p * -g[:, None]
+            dz[torch.arange(len(g)), t] += g
+            dh.append(dz @ weight)
+            dw += ctx.safer.columns_gradient(dz, p, h, weight, t)
+        return torch.cat(dh), dw, None, None
+
+
+SAFER: dict[str, Loss] = {
+    "exact": exact_loss,
+    "dW sampled 2^-9": Safer(TAUS["2^-9"]),
+    "dW sampled 2^-9, floor 1/4": Safer(TAUS["2^-9"], 0.25),
+    "dW sampled 2^-9, floor 1/2": Safer(TAUS["2^-9"], 0.5),
+    **{
+        f"dW sampled 2^-9, dropped columns in {name}{', their logits too' * logits}": Safer(
+            TAUS["2^-9"], rounding=name, logits=logits
+        )
+        for logits in (False, True)
+        for name in ROUNDING
+    },
+}
+
+
 @dataclass
 class Text:
     """Windows of one id more than the model reads; ids go by falling frequency, those from `used` on never occur."""
@@ -181,11 +276,11 @@ def train(mode: str, optimiser: str, seed: int, text: Text, settings: Settings) 
     opt = make_optimiser(optimiser, model, settings)
     warm = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1.0, (step + 1) / settings.warmup))
     order = torch.randperm(len(text.training), generator=torch.Generator().manual_seed(seed))
-    run = Run([], [], [])
+    run, loss_of = Run([], [], []), (MODES | SAFER)[mode]
     for step in range(settings.steps[-1]):
         first = step * settings.windows_a_step
         batch = text.training[order[first : first + settings.windows_a_step]]
-        loss = MODES[mode](model(batch[:, :-1]), model.head, batch[:, 1:], step)
+        loss = loss_of(model(batch[:, :-1]), model.head, batch[:, 1:], step)
         if (stats := qf.last_stats()) and stats.tau is not None:
             run.kept.append(stats.kept_share)
         opt.zero_grad()
@@ -195,6 +290,9 @@ def train(mode: str, optimiser: str, seed: int, text: Text, settings: Settings) 
         if step + 1 in settings.steps:
             for column, value in zip((run.losses, run.unused), evaluate(model, text, settings), strict=True):
                 column.append(value)
+    if isinstance(loss_of, Safer):
+        run.kept += loss_of.kept
+        loss_of.kept.clear()
     return run
 
 
@@ -226,12 +324,14 @@ def training_row(mode: str, optimiser: str, runs: Sequence[Run], exact: Sequence
     return row
 
 
-def training(tokenizer: Any, settings: Settings) -> Iterator[Row]:
+def training(
+    tokenizer: Any, settings: Settings, modes: Iterable[str] = MODES, optimisers: Iterable[str] = ("AdamW", "SGD")
+) -> Iterator[Row]:
     text = read_text(tokenizer, settings)
     print(f"text: {len(text.training)} windows, {len(text.held_out)} held out, {text.used} ids occur", flush=True)
-    for optimiser in ("AdamW", "SGD"):
+    for optimiser in optimisers:
         exact: list[Run] = []
-        for mode in MODES:
+        for mode in modes:
             runs = [train(mode, optimiser, seed, text, settings) for seed in settings.seeds]
             exact = exact or runs
             yield training_row(mode, optimiser, runs, exact, settings)
@@ -334,12 +434,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file of the results, written anew")
     parser.add_argument("--quick", action="store_true", help="a few steps and draws: does it run?")
+    parser.add_argument("--only", choices=["safer"], help="the exact gradient and the safer modes under AdamW")
     args = parser.parse_args()
     settings = QUICK if args.quick else Settings()
     provenance = {**environment(()), "threads": torch.get_num_threads(), "settings": asdict(settings)}
     start = time.monotonic()
     (model, tokenizer), rows = heads.smollm2(), list[Row]()
-    for row in chain(training(tokenizer, settings), noise(model, tokenizer, settings)):
+    if args.only == "safer":
+        table = training(tokenizer, settings, SAFER, ("AdamW",))
+    else:
+        table = chain(training(tokenizer, settings), noise(model, tokenizer, settings))
+    for row in table:
         rows.append(row)
         provenance["seconds"] = round(time.monotonic() - start)
         print(f"{provenance['seconds']} s  {json.dumps(row)}", flush=True)

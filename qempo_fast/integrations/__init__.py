@@ -30,8 +30,7 @@ def sampling(grad: Any, tau: Any) -> dict[str, Any]:
 def _tell(grad: str, tau: float | None) -> None:
     """Log once which gradient linear_logps then takes; a sampled one loud enough for who has set up no logging."""
     if grad == "exact" or (grad == "auto" and tau is None):
-        frozen = "" if grad == "exact" else ", but for half precision on a frozen head"
-        logger.info("linear_logps: exact gradients%s (grad=%r)", frozen, grad)
+        logger.info("linear_logps: exact gradients (grad=%r)", grad)
         return
     text = (
         "linear_logps: sampled gradients (grad=%r, tau=%s): two equal calls give two of them, see docs/linear_logps.md"

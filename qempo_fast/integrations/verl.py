@@ -103,7 +103,7 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
     """Put linear_logps in both slots of ``actor_rollout_ref.model.use_fused_kernels=True``; importing this does it.
 
     Args:
-        grad, tau: as ``qf.linear_logps``, for both slots. Both ask for the entropy, with which "auto" is exact.
+        grad, tau: as ``qf.linear_logps``, for both slots.
 
     Raises:
         ImportError: verl lacks a hook.

@@ -90,23 +90,39 @@ def backward(
     # Where every chunk is past break-even nothing is sampled, and the exact path has the fewer passes over dweight.
     if not options.sampled or all(k.columns is None for k in kept):
         size = tiles.sizes(False, head.hidden)
-        return _exact(tiles, head, grads, options, needs, size, logits)
+        live, _ = _live(head, grads, size.rows, [])
+        dh, dw, db = _exact(tiles, head, live, options, needs, size, logits)
+        return _as_inputs(head, None if dh is None else _spread(dh, live, head.hidden), dw, db)
     return _Sampled(tiles, head, grads, kept, options, needs, tiles.sizes(True, head.hidden)).run()
+
+
+def exact_rows(
+    tiles: TilePass, head: HeadTensors, grads: RowGrads, options: Options, logits: Logits | None
+) -> torch.Tensor:
+    """dhidden in the dtype of sums, of rows that have a coefficient each: none is looked for, so nothing is read."""
+    size, n = tiles.sizes(False, head.hidden), len(grads.lse)
+    parts = [slice(a, min(a + size.rows, n)) for a in range(0, n, size.rows)]
+    chunks = [(i, _Rows(at.start, at, at, head.rows(at), grads.rows(at))) for i, at in enumerate(parts)]
+    dh, _, _ = _exact(tiles, head, _Live(chunks, None, n), options, (True, False, False), size, logits)
+    assert dh is not None
+    return dh
 
 
 def _exact(
     tiles: TilePass,
     head: HeadTensors,
-    grads: RowGrads,
+    live: _Live,
     options: Options,
     needs: tuple[bool, bool, bool],
     size: TileSizes,
     logits: Logits | None,
 ) -> Three:
-    """Vocabulary outside, rows inside: each row of dweight is summed over all rows of hidden and written once."""
+    """Vocabulary outside, rows inside: each row of dweight is summed over all rows of hidden and written once.
+
+    dhidden is of the live rows alone, and as dbias in the dtype of sums.
+    """
     hidden, weight, acc = head.hidden, head.weight, accumulator(head.hidden.dtype)
-    live, _ = _live(head, grads, size.rows, [])
-    # Of the live rows alone, in the order of the chunks: a GEMM adds to its part where it lies.
+    # In the order of the chunks: a GEMM adds to its part where it lies.
     dh = torch.zeros(live.size, hidden.shape[1], dtype=acc, device=hidden.device) if needs[0] else None
     dw = tiles.empty(weight.shape, weight.dtype, weight.device) if needs[1] else None
     db = weight.new_zeros(len(weight), dtype=acc) if needs[2] else None
@@ -133,7 +149,7 @@ def _exact(
                 db[v : v + len(w)] += z.sum(0, dtype=acc)
         if out is not None and total is not out:
             out[:] = 0.0 if total is None else total
-    return _as_inputs(head, None if dh is None else _spread(dh, live, hidden), dw, db)
+    return dh, dw, db
 
 
 def _spread(dh: torch.Tensor, live: _Live, hidden: torch.Tensor) -> torch.Tensor:

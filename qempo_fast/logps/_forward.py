@@ -15,7 +15,7 @@ from ._gemm import linear
 from ._head import Draw, HeadTensors, Kept, Logits, Tile, part_of, tile_view
 from ._options import Options, TileSizes, accumulator
 from ._pilots import MANY, Chosen, choose
-from ._row_stats import RowStats
+from ._row_stats import LOWEST, RowStats
 from ._tile_pass import TilePass
 
 
@@ -50,14 +50,20 @@ def _spans(tiles: TilePass, block: HeadTensors, stats: RowStats, options: Option
 
 
 def forward(
-    tiles: TilePass, head: HeadTensors, options: Options, first_column: int, logits: Logits | None = None
+    tiles: TilePass,
+    head: HeadTensors,
+    options: Options,
+    first_column: int,
+    logits: Logits | None = None,
+    into: RowStats | None = None,
 ) -> tuple[RowStats, list[Kept]]:
-    """Row statistics over this weight's columns and, of a sampled gradient, the columns that each row chunk keeps.
+    """Row statistics, over all shards, and, of a sampled gradient, the columns that each row chunk keeps.
 
-    Tiles of raw logits go into logits while it has room.
+    Tiles of raw logits go into logits while it has room, statistics into `into` where given, as RowStats.new made it.
     """
     n, vocabulary = head.hidden.shape[0], head.weight.shape[0]
-    stats = RowStats.new(n, accumulator(head.hidden.dtype), head.hidden.device, options.entropy, options.sum_sq)
+    acc, device = accumulator(head.hidden.dtype), head.hidden.device
+    stats = RowStats.new(n, acc, device, options.entropy, options.sum_sq) if into is None else into
     size = tiles.sizes(options.sampled, head.hidden)
     width = min(size.columns, vocabulary)
     if logits is not None and not logits.fits(min(size.rows, n), width, head.hidden.element_size()):
@@ -77,9 +83,11 @@ def forward(
             waiting += [(a + s.a, _reduced(s, size.chunk)) for s in spans]
         elif options.sampled:
             draws += [_draw(tiles, s, options, a + s.a, first_column, size) for s in spans]
+    if options.group is not None:
+        stats = stats.merged(options.group)
     chosen = None
     if waiting:
-        chosen = _choose(head, stats, [s for _, s in waiting], options, size, tiles.together)
+        chosen = _choose(tiles, head, stats, waiting, options, size)
         draws = [_draw(tiles, s, replace(options, tau=1.0), a, first_column, size) for a, s in waiting]
     kept = [_kept(*draw, size.break_even * vocabulary) for draw in tiles.count(draws)]
     held = logits is not None and bool(logits.tiles)
@@ -97,18 +105,35 @@ def _reduced(span: _Span, chunk: int) -> _Span:
 
 
 def _choose(
-    head: HeadTensors, stats: RowStats, spans: list[_Span], options: Options, size: TileSizes, wide: bool
+    tiles: TilePass,
+    head: HeadTensors,
+    stats: RowStats,
+    spans: list[tuple[int, _Span]],
+    options: Options,
+    size: TileSizes,
 ) -> Chosen:
     """The threshold of all chunks; it goes into their bounds, u / tau against 1, so that no GPU has it read back."""
-    bounds = torch.cat([s.columns.view(-1, len(head.weight)) for s in spans if s.columns is not None])
-    forced = torch.cat([s.forced for s in spans if s.forced is not None])
+    entropy = stats.entropy()
+    for a, s in spans:
+        assert s.columns is not None
+        if entropy is not None:
+            _widen(s.columns, _means(entropy[a : a + s.b - s.a].nan_to_num(0.0), size.chunk).clamp(min=0.0))
+    bounds = torch.cat([s.columns.view(-1, len(head.weight)) for _, s in spans if s.columns is not None])
+    forced = torch.cat([s.forced for _, s in spans if s.forced is not None])
     # As many entries as a tile has, of few rows.
-    width = max(size.columns, size.columns * size.rows // MANY) if wide else size.columns
-    chosen = choose(head, stats, bounds, forced, options, size.chunk, width)
-    for s in spans:
+    width = max(size.columns, size.columns * size.rows // MANY) if tiles.together else size.columns
+    chosen = choose(tiles, head, stats, bounds, forced, options, size.chunk, width)
+    for _, s in spans:
         assert s.columns is not None
         s.columns.sub_(chosen.tau.log())
     return chosen
+
+
+def _widen(columns: torch.Tensor, mean_entropy: torch.Tensor) -> None:
+    """Bounds log u of p to those of the entropy gradient's entries: u (1 - log u + mean entropy), in place."""
+    columns.clamp_(max=0.0)
+    # -inf is of entries that are 0: log1p of inf added to it would be NaN.
+    columns.add_(torch.log1p(mean_entropy.view(-1, 1) - columns.clamp(min=LOWEST)).view_as(columns))
 
 
 def _tiles(
@@ -148,7 +173,8 @@ def new_tile(
 
 def _draw(tiles: TilePass, span: _Span, options: Options, first: int, first_column: int, size: TileSizes) -> Any:
     """What tiles.select makes of the span's bounds. Nothing is read back: on a GPU each value read is a stall."""
-    entropy = span.stats.entropy()
+    # Bounds of a threshold that was chosen are those of the entropy already.
+    entropy = None if options.error is not None else span.stats.entropy()
     mean_entropy = None if entropy is None else _means(entropy.nan_to_num(0.0), size.chunk).clamp(min=0.0)
     rows = range(first, first + len(span.head.targets), size.chunk)
     assert span.columns is not None

@@ -101,6 +101,14 @@ def centre_of(weight: torch.Tensor) -> torch.Tensor:
     return weight[:: max(1, len(weight) // CENTRE_ROWS)].mean(0, dtype=accumulator(weight.dtype))
 
 
+def signs(count: int, like: torch.Tensor) -> torch.Tensor:
+    """(count, like's width) of -1 and 1, always the same: torch's generator is the user's."""
+    width = like.shape[1]
+    x = torch.arange(1, count * width + 1, device=like.device, dtype=torch.int64) * 0x9E3779B1
+    x = ((x ^ (x >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+    return (((x ^ (x >> 13)) & 1) * 2 - 1).to(like.dtype).view(count, width)
+
+
 def part_of(x: torch.Tensor | None, a: int, b: int) -> torch.Tensor | None:
     return None if x is None else x[a:b]
 

@@ -11,33 +11,30 @@ from torch.distributed import ProcessGroup
 
 from .. import _check
 
-# Keep thresholds of grad="sampled" where none is given: docs/linear_logps.md has the table. On the hidden states of
-# text 2^-11 errs by 0.003 where plain bfloat16 errs by 0.012 (dHidden) and 0.016 (dWeight), and the two together by a
-# twentieth more than plain. Where the softmax is flat or sure of a column it can be ten times plain's: no default.
-DEFAULT_TAU = {
-    torch.float64: 2.0**-9,
-    torch.float32: 2.0**-9,
-    torch.bfloat16: 2.0**-11,
-    torch.float16: 2.0**-13,
-}
-# Past this kept share the gather costs more than the columns it saves: on CPU, where T(f) is 171 + 556 f ms of 603 in
-# bfloat16 and 310 + 964 f of 1203 in float32 (SmolLM2, 2048 rows). policy.py has the GPUs'.
-BREAK_EVEN = 0.8
+# Where T(f) was measured, 171 + 556 f ms of 603 in bfloat16 and 310 + 964 f of 1203 in float32 (SmolLM2, 2048 rows in
+# chunks of 256, Zen 5), a column's moves took as long as some 200 rows of a GEMM; 66 with AVX2's GEMMs.
+MOVED = 192.0
 # What a draw may add to dhidden, relative to its norm, where no tau is given. In half precision about what rounding
 # dhidden to its dtype adds (bfloat16: 0.0017), so that the whole error is at most twice plain torch's whatever the
 # softmax is like. In float32 the error of sampling is all that there is: what bfloat16 costs.
 ERROR = {torch.float64: 2.0**-7, torch.float32: 2.0**-7, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
-# Rows from which grad="auto" samples for a head that is not trained: the pilots of fewer cost as much as is saved.
-AUTO_ROWS = 512
-# At equal tau the entropy gradient triples the kept share and cuts the error eightfold.
-ENTROPY_TAU = 8.0
+
+
+def break_even(rows: float, moved: float) -> float:
+    """Kept share f at which a chunk of so many rows costs as much sampled as exact.
+
+    Beside the forward, exact has three GEMMs of all columns and sampled three of a share f, whose rows of the weight
+    are gathered and added to dweight's: T(f) = 1 + f (3 + moved / rows) forwards. moved: rows of a GEMM that take as
+    long as those moves of one column.
+    """
+    return 1 / (1 + moved / (3 * rows))
 
 
 @dataclass(frozen=True)
 class Options:
     """The gradient is sampled at threshold tau, or at one that adds the relative error; both None: exact.
 
-    An exact one may keep so many bytes of logits; seed drives a sampled one.
+    An exact one may keep so many bytes of logits, or with slopes is made in the forward; seed drives a sampled one.
     """
 
     logit_scale: float
@@ -49,6 +46,7 @@ class Options:
     group: ProcessGroup | None
     keep_logits: int = 0
     error: float | None = None
+    slopes: bool = False
 
     @property
     def sampled(self) -> bool:
@@ -69,7 +67,7 @@ class TileSizes:
     shared: int = 0
     kept: int = 0
     block: int = 0
-    break_even: float = BREAK_EVEN
+    break_even: float = break_even(256, MOVED)
 
     @property
     def chunk(self) -> int:

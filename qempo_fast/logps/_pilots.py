@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from ._gemm import linear, product
-from ._head import HeadTensors, centre_of, finished, part_of
+from ._head import HeadTensors, RowGrads, Tile, centre_of, part_of, signs
 from ._options import Options, accumulator
 from ._row_stats import RowStats
+from ._tile_pass import TilePass
 
 # Pilots are 1 in ROWS_A_PILOT rows, so that their two products cost a sixteenth of the forward's; from FEW to MANY, out
 # of at most CHUNKS chunks. Signs: an estimate of |W_j - c|^2 is off by sqrt(2 / SIGNS), and thousands are added.
@@ -22,8 +24,9 @@ ROWS_A_PILOT, FEW, MANY, CHUNKS, SIGNS = 32, 16, 64, 8, 8
 # Share of the error allowed that is aimed at: where few rows have most of it the estimate was off by up to a third.
 AIM = 0.75
 # log2 tau is looked for from LOWEST up over RANGE, in two rounds of 7 thresholds each: to a quarter of an octave, in a
-# few launches. At the lower end columns are kept whose entries are under the rounding of float32: practically all.
-LOWEST, RANGE, PARTS = -20.0, 16.0, 8
+# few launches. At the lower end columns are kept whose entries are under the rounding of float32: practically all. The
+# entropy's entries are p (1 + |log p + H|), so its bounds and thresholds are some eight times as large.
+LOWEST, RANGE, PARTS, ENTROPY = -20.0, 16.0, 8, 3.0
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,19 @@ class Chosen:
 
 @dataclass(frozen=True)
 class _Pilots:
-    """Of (K, P) pilot rows in K chunks: chunks (K,), dz (K P, V), size (K P,) = |dhidden|^2, norm (V,) of W_j - c, and
-    how likely each row was to be one.
+    """Of (K, P) pilot rows in K chunks: chunks (K,), norm (V,) of W_j - c, how likely each row was to be one, and of
+    the log-prob's gradient, then the entropy's where it is asked for, dz (K P, V) and size (K P,) = |dhidden|^2.
     """
 
     chunks: torch.Tensor
-    dz: torch.Tensor
-    size: torch.Tensor
     norm: torch.Tensor
     likely: torch.Tensor
+    dz: list[torch.Tensor]
+    size: torch.Tensor
 
 
 def choose(
+    tiles: TilePass,
     head: HeadTensors,
     stats: RowStats,
     bounds: torch.Tensor,
@@ -59,33 +63,45 @@ def choose(
 ) -> Chosen:
     """The largest tau whose draw adds to dhidden AIM times options.error, relative to its norm where rows weigh alike.
 
+    With the entropy to each of both gradients. On vocabulary shards all ranks find the same: of the same rows, errors
+    summed over the shards.
+
     Args:
-        head, stats: of all rows, whose statistics are final.
+        head, stats: of all rows, whose statistics are final, over all shards.
         bounds: (chunks, V) log of the column bounds.
         forced: (chunks, V) nonzero where a column is always kept.
         chunk: rows of a chunk.
         width: columns of a tile.
     """
     assert options.error is not None
-    pilots = _measured(head, stats, options, chunk, len(bounds), width)
-    count = len(pilots.chunks)
+    pilots = _measured(tiles, head, stats, options, chunk, len(bounds), width)
     # A bound of 0 is of entries that are 0; and NaN anywhere makes every comparison fail, which keeps all columns.
     inverse = 1 / bounds[pilots.chunks].exp().clamp_(min=1e-30)
     inverse.masked_fill_(forced[pilots.chunks] != 0, 0.0)
     share = pilots.likely.mean() / pilots.likely
-    squares = [dz.to(inverse.dtype).square_() for dz in pilots.dz.chunk(count)]
-    weight = torch.stack([w @ s for w, s in zip(share.chunk(count), squares, strict=True)]).mul_(pilots.norm)
-    size = share @ pilots.size
+    squares = [dz.to(inverse.dtype).square_().view(len(inverse), -1, dz.shape[1]) for dz in pilots.dz]
+    shares = share.view(len(inverse), 1, -1)
+    weight = torch.stack([((shares @ x).squeeze(1) * pilots.norm).flatten() for x in squares], 1)
+    size = pilots.size @ share
     most = (AIM * options.error) ** 2 * size
-    low, steps = pilots.size.new_full((1,), LOWEST), torch.arange(1, PARTS, device=size.device, dtype=size.dtype)
+    low = size.new_full((1,), LOWEST + ENTROPY * options.entropy)
+    steps = torch.arange(1, PARTS, device=size.device, dtype=size.dtype)
     for step in (RANGE / PARTS, RANGE / PARTS**2):
-        errors = _excess((low + step * steps).exp2(), inverse.flatten()) @ weight.flatten()
-        # The error rises with tau: as many steps as are within. NaN is not.
-        low = low + step * (errors <= most).sum()
+        errors = _over_shards(_excess((low + step * steps).exp2(), inverse.flatten()) @ weight, options)
+        # The error rises with tau: as many steps as are within, of both gradients. NaN is not.
+        low = low + step * (errors <= most).all(1).sum()
     tau = low.exp2()
-    excess = _excess(tau, inverse.flatten()).view_as(inverse) * pilots.norm
-    rows = torch.cat([s @ e for s, e in zip(squares, excess, strict=True)])
-    return Chosen(tau[0], (share @ rows / size).sqrt(), (rows / pilots.size).sqrt())
+    excess = (_excess(tau, inverse.flatten()).view_as(inverse) * pilots.norm).unsqueeze(2)
+    rows = _over_shards(torch.stack([(x @ excess).flatten() for x in squares]), options)
+    error, each = (rows @ share / size).sqrt(), (rows / pilots.size).sqrt()
+    return Chosen(tau[0], error.amax(), each.amax(0))
+
+
+def _over_shards(x: torch.Tensor, options: Options) -> torch.Tensor:
+    """The sum over the vocabulary shards, in place."""
+    if options.group is not None:
+        dist.all_reduce(x, group=options.group)
+    return x
 
 
 def _excess(tau: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -119,43 +135,44 @@ def _spread(sizes: torch.Tensor, count: int) -> torch.Tensor:
     return torch.searchsorted(total, total[..., -1:] * steps // (2 * count), right=True)
 
 
-def _signs(width: int, like: torch.Tensor) -> torch.Tensor:
-    """(SIGNS, width) of -1 and 1, always the same: torch's generator is the user's."""
-    x = torch.arange(1, SIGNS * width + 1, device=like.device, dtype=torch.int64) * 0x9E3779B1
-    x = ((x ^ (x >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
-    return (((x ^ (x >> 13)) & 1) * 2 - 1).to(like.dtype).view(SIGNS, width)
-
-
-def _measured(head: HeadTensors, stats: RowStats, options: Options, chunk: int, chunks: int, width: int) -> _Pilots:
+def _measured(
+    tiles: TilePass, head: HeadTensors, stats: RowStats, options: Options, chunk: int, chunks: int, width: int
+) -> _Pilots:
     device, (vocabulary, depth), acc = head.hidden.device, head.weight.shape, accumulator(head.hidden.dtype)
     # A row's dz is of about this size, 1 - p of its target; sure ones are left a hundredth of the draws.
     sizes = torch.expm1(stats.logps(stats.lse())).square().nan_to_num(0.0)
     tickets = (sizes * (2.0**20 / (sizes.mean() + 1e-30))).to(torch.int64) + 2**13
     which, index = _places(tickets, chunk, chunks)
     rows = head.rows(index)
-    scale = options.logit_scale * (1.0 if rows.inv_temperature is None else rows.inv_temperature[:, None])
-    temperature = 1.0 if rows.inv_temperature is None else 1 / rows.inv_temperature[:, None]
-    signs = _signs(depth, head.hidden)
+    random = signs(SIGNS, head.hidden)
     # The backward takes c off where it knows that a row's dz sum to 0.
-    centre = centre_of(head.weight) if options.softcap is None else torch.zeros(depth, dtype=acc, device=device)
-    offset = (signs.to(acc) @ centre)[:, None]
-    lse = (stats.max[index][:, None], stats.sum[index].log()[:, None])
-    both = torch.cat([rows.hidden, signs])
+    known = options.softcap is None and options.group is None
+    centre = centre_of(head.weight) if known else torch.zeros(depth, dtype=acc, device=device)
+    offset = (random.to(acc) @ centre)[:, None]
+    both, grads = torch.cat([rows.hidden, random]), _unit_grads(stats, index)
     norm = torch.empty(vocabulary, dtype=acc, device=device)
     # Entries of 1e-8 count among those that may be dropped, and float16 ends at 6e-8.
     kind = torch.bfloat16 if head.hidden.dtype == torch.float16 else head.hidden.dtype
-    dz = torch.empty(len(index), vocabulary, dtype=kind, device=device)
-    dh = torch.zeros(len(index), depth, dtype=acc, device=device)
+    dz = [torch.empty(len(index), vocabulary, dtype=kind, device=device) for _ in grads]
+    dh = torch.zeros(len(grads), len(index), depth, dtype=acc, device=device)
     for v in range(0, vocabulary, width):
         w, bias = head.weight[v : v + width], part_of(head.bias, v, v + width)
         raw, projected = linear(both, w).to(acc).split([len(index), SIGNS])
         norm[v : v + width] = (projected - offset).square().mean(0)
-        z = finished(raw, bias, rows.inv_temperature, options)
-        away = z - lse[0] - lse[1]
-        here = torch.arange(v, v + len(w), device=device, dtype=torch.int64) == rows.targets[:, None]
-        part = torch.where(here, -torch.expm1(away), -away.exp()) * scale
-        if options.softcap is not None:
-            part *= 1 - (z * temperature / options.softcap).square()
-        dz[:, v : v + width] = part
-        dh += product(part.to(head.hidden.dtype), w.t())
-    return _Pilots(which, dz, dh.square().sum(1), norm, tickets[index].to(acc))
+        for i, of in enumerate(grads):
+            part = raw.clone() if i + 1 < len(grads) else raw
+            tiles.backward(Tile(part, bias, rows.inv_temperature, rows.targets - v), of, None, None, options)
+            dz[i][:, v : v + width] = part
+            dh[i] += product(part.to(head.hidden.dtype), w.t())
+    size = _over_shards(dh, options).square().sum(2)
+    return _Pilots(which, norm, tickets[index].to(acc), dz, size)
+
+
+def _unit_grads(stats: RowStats, index: torch.Tensor) -> list[RowGrads]:
+    """Of a coefficient of one: the log-prob's, and where it is asked for the entropy's."""
+    lse, entropy = stats.lse()[index], stats.entropy()
+    one = torch.ones_like(lse[:, 0])
+    out = [RowGrads(lse, one, None, None)]
+    if entropy is not None:
+        out.append(RowGrads(lse, torch.zeros_like(one), one, entropy[index]))
+    return out

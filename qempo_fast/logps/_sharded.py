@@ -21,6 +21,7 @@ _SAME = {
     "ignore_index": "the same number",
     "entropy": "the same choice",
     "sum_sq": "the same choice",
+    "grad": "sampled without tau on every rank or on none, and weight's requires_grad alike",
 }
 # Numbers in the one all-gather of each call: columns, rows, _SAME, checksums of targets and temperatures.
 _HEADER = 4 + len(_SAME)
@@ -94,7 +95,7 @@ def shard_range(
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     settings = (
         *((hidden.dtype, hidden.shape[1], wanted), bias is None, options.logit_scale, options.softcap),
-        *(int(ignore_index), options.entropy, options.sum_sq),
+        *(int(ignore_index), options.entropy, options.sum_sq, options.error),
     )
     numbers = [vocabulary, len(targets), *_collective.words(dict(zip(_SAME, settings, strict=True)))]
     mine = torch.tensor(numbers, dtype=torch.int64, device=targets.device)

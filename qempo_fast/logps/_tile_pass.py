@@ -74,6 +74,10 @@ class TilePass(ABC):
     def sizes(self, sampled: bool, hidden: torch.Tensor | None = None) -> TileSizes:
         """Rows and columns of the logits buffer for these rows; without them of one chunk."""
 
+    def ordered(self, hidden: torch.Tensor, vocabulary: int) -> bool:
+        """Whether a sampled step of these rows gains more by their order than that takes to be found."""
+        return True
+
     @abstractmethod
     def new_columns(self, vocabulary: int, like: RowStats) -> torch.Tensor:
         """Column statistic of the rows that forward takes, (..., vocabulary) at -inf."""

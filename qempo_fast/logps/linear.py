@@ -13,7 +13,7 @@ from .._operator import scalar
 from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
 from . import _inputs, _sharded, op
 from ._function import LinearLogps, live_rows
-from ._options import AUTO_ROWS, DEFAULT_TAU, ENTROPY_TAU, ERROR, Options, accumulator, logits_budget
+from ._options import ERROR, Options, accumulator, logits_budget
 from .segments import summed
 
 
@@ -68,12 +68,11 @@ def linear_logps(
         softcap: caps it smoothly at +-softcap (Gemma 2); None for no cap.
         ignore_index: rows with this target count nowhere: outputs and gradients are 0.
         entropy, sum_sq: ask for these outputs.
-        grad: "exact", "sampled", or "auto": sampled where tau is given, and in bfloat16 and float16 where neither
-            weight nor bias wants a gradient, hidden has 512 rows or more, and neither entropy nor process_group is
-            asked for; else exact. docs/linear_logps.md says what a sampled gradient does to an optimiser.
+        grad: "exact", "sampled", or "auto": sampled where tau is given, else exact. docs/linear_logps.md says what a
+            sampled gradient does to an optimiser. Exact and with neither weight nor bias to differentiate, hidden's
+            gradient is made in the forward, up to a factor of each row.
         tau: keep threshold of the sampled gradient; smaller keeps more columns. None: the largest that adds at most
-            2^-9 of the norm of hidden's gradient (float16 2^-12, else 2^-7); with entropy or process_group from a
-            table by dtype.
+            2^-9 of the norm of hidden's gradient (float16 2^-12, else 2^-7), with entropy of each of both.
         process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
             all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
         backend: "cpu", "reference", ... (see backends()); None chooses.
@@ -124,7 +123,7 @@ def _eager(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor
     live = live_rows(counted)
     if options.sampled:
         options = replace(options, seed=int(_seed()))
-    elif _wants_gradient(hidden, weight, bias):
+    elif _wants_gradient(hidden, weight, bias) and not options.slopes:
         rows = len(targets) if live is None else len(live)
         options = replace(options, keep_logits=logits_budget(rows, weight))
     logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
@@ -137,7 +136,7 @@ def _traced(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tenso
     logps, h, ss, *_ = op.linear(
         *(hidden, weight, bias, targets, inv_temperature, seed),
         *map(scalar, (options.logit_scale, options.softcap, options.tau, options.error)),
-        *(ignore_index, options.entropy, options.sum_sq, op.chunk_rows(hidden.device, name), name),
+        *(ignore_index, options.entropy, options.sum_sq, options.slopes, op.chunk_rows(hidden.device, name), name),
     )
     counted = targets != ignore_index
     logps = _inputs.marked(logps, targets, counted, weight.shape[0])
@@ -228,16 +227,10 @@ def _sampling(
     bias: torch.Tensor | None,
 ) -> Options:
     """With the threshold of this call, or the error that sets it; as they are for an exact gradient or none."""
-    if grad == "exact" or not _wants_gradient(hidden, weight, bias):
+    if not _wants_gradient(hidden, weight, bias):
         return options
     if tau is not None:
         return replace(options, tau=float(tau))
-    # The error is that of dhidden in the log-probs alone, and its pilots want the whole vocabulary.
-    told = not options.entropy and options.group is None
-    if grad == "auto":
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        if not half or not told or _wants_gradient(weight, bias) or hidden.numel() < AUTO_ROWS * hidden.shape[-1]:
-            return options
-    if told:
-        return replace(options, error=ERROR[weight.dtype])
-    return replace(options, tau=DEFAULT_TAU[weight.dtype] * (ENTROPY_TAU if options.entropy else 1.0))
+    if grad != "sampled":
+        return replace(options, slopes=options.group is None and not _wants_gradient(weight, bias))
+    return replace(options, error=ERROR[weight.dtype])

@@ -15,13 +15,15 @@ from .._operator import differentiable, number
 from ..reference.once import once
 from ..reference.segments import spread
 from . import _logits
-from ._forward import forward as driver_forward
-from ._function import backward, head_of, live_rows, pick, scatter
+from ._function import arranged, backward, forward, head_of, live_rows, pick, scatter
 from ._head import Kept
 from ._inputs import check_values
 from ._options import Options, accumulator
+from ._slopes import Slopes, slopes_dtype
 
 _Optional = torch.Tensor | None
+_T = torch.Tensor
+_Eight = tuple[_T, _T, _T, _T, _T, _T, _T, _T]
 
 
 def _check_rows(
@@ -82,11 +84,12 @@ def _options(
     entropy: bool,
     sum_sq: bool,
     seed: int,
+    slopes: bool = False,
 ) -> Options:
     cap = None if softcap is None else number("softcap", softcap)
     keep = None if tau is None else number("tau", tau)
     most = None if error is None else number("error", error)
-    return Options(number("logit_scale", scale), cap, entropy, sum_sq, keep, seed, None, error=most)
+    return Options(number("logit_scale", scale), cap, entropy, sum_sq, keep, seed, None, error=most, slopes=slopes)
 
 
 # Both read sizes from the device: a captured graph would keep those of its first run, and capturing fails.
@@ -108,10 +111,13 @@ def linear_logps_fwd(
     ignore_index: int,
     entropy: bool,
     sum_sq: bool,
+    slopes: bool,
     chunk: int,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logps, entropy, sum_sq, and to keep: lse (N, 2), scales of the kept columns (chunks, V); numbers as scalar().
+) -> _Eight:
+    """logps, entropy, sum_sq, and to keep: lse (N, 2), scales of the kept columns (chunks, V), the order of the counted
+    rows (N,), then anything, the values (N, D) and size (N,) of Slopes; numbers as scalar(). What was not asked for is
+    empty.
 
     chunk is chunk_rows(...). As an argument it is part of what torch's cache on disk knows a graph by: read here, a
     graph compiled by a version with other chunks failed at run time, "expected size 3 == 2".
@@ -119,19 +125,26 @@ def linear_logps_fwd(
     _check_rows("hidden", hidden, targets, inv_temperature, {})
     _check_head(hidden, weight, bias)
     _check.integer("chunk", chunk, low=1)
+    if slopes and not (tau is None and error is None):
+        _check.bad_value("slopes", "False where the gradient is sampled", slopes)
     n, vocabulary = hidden.shape[0], weight.shape[0]
     check_values(targets, vocabulary, inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
-    options = _options(logit_scale, softcap, tau, error, entropy, sum_sq, 0 if seed is None else int(seed))
+    drawn = 0 if seed is None else int(seed)
+    options = _options(logit_scale, softcap, tau, error, entropy, sum_sq, drawn, slopes)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
+    live = arranged(hidden, vocabulary, live, tiles, options)
     head = head_of(hidden, weight, bias, targets, inv_temperature, live)
-    with _check.own_dtypes(hidden.device.type):
-        stats, kept = driver_forward(tiles, head, options, 0)
+    stats, kept, found = forward(tiles, head, options, 0)
     lse = stats.lse()
-    outputs = (stats.logps(lse), stats.entropy(), stats.log_sum_sq(), lse)
+    outputs = (stats.logps(lse), stats.entropy(), stats.log_sum_sq(), lse, *found)
     full = [lse.new_empty(0) if x is None else scatter(x, live, n) for x in outputs]
     rows = -(-n // chunk) if options.sampled else 0
-    return full[0], full[1], full[2], full[3], _scales(kept, rows, lse, vocabulary if rows else 0)
+    scales = _scales(kept, rows, lse, vocabulary if rows else 0)
+    order = torch.arange(n if options.sampled else 0, device=lse.device, dtype=torch.int64)
+    if live is not None and options.sampled:
+        order[: len(live)] = live
+    return *full[:4], scales, order, *full[4:]  # type: ignore[return-value]
 
 
 @linear_logps_fwd.register_fake
@@ -149,6 +162,7 @@ def _(
     ignore_index: int,
     entropy: bool,
     sum_sq: bool,
+    slopes: bool,
     chunk: int,
     backend: str,
 ) -> Any:
@@ -156,7 +170,12 @@ def _(
     sampled = tau is not None or error is not None
     kept = (-(-n // chunk), weight.shape[0]) if sampled else (0, 0)
     shapes = ((n,), (n if entropy else 0,), (n if sum_sq else 0,), (n, 2), kept)
-    return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
+    out = [hidden.new_empty(shape, dtype=acc) for shape in shapes]
+    out.append(hidden.new_empty(n if sampled else 0, dtype=torch.int64))
+    values = out[0].new_empty(0)
+    if slopes:
+        values = hidden.new_empty(n, hidden.shape[1], dtype=slopes_dtype(hidden.dtype))
+    return *out, values, out[0].new_empty(n if slopes else 0)
 
 
 @torch.library.custom_op("qempo_fast::linear_logps_bwd", mutates_args=(), tags=_UNSAFE)
@@ -171,6 +190,9 @@ def linear_logps_bwd(
     lse: torch.Tensor,
     entropy: torch.Tensor,
     scales: torch.Tensor,
+    order: torch.Tensor,
+    values: torch.Tensor,
+    size: torch.Tensor,
     logit_scale: torch.Tensor,
     softcap: torch.Tensor | None,
     tau: torch.Tensor | None,
@@ -185,8 +207,11 @@ def linear_logps_bwd(
     _check_head(hidden, weight, bias)
     check_values(targets, weight.shape[0], inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
-    head = head_of(hidden, weight, bias, targets, inv_temperature, live)
     options = _options(logit_scale, softcap, tau, error, grad_entropy is not None, False, 0)
+    if options.sampled:
+        _check.tensor("order", order, dtypes=(torch.int64,), shape=hidden.shape[:1], device=hidden.device)
+        live = order[: len(order) if live is None else len(live)]
+    head = head_of(hidden, weight, bias, targets, inv_temperature, live)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     # scales has a row for each chunk that there would be were every row counted.
     chunks = -(-len(head.targets) // tiles.sizes(True).chunk) if options.sampled else 0
@@ -194,6 +219,11 @@ def linear_logps_bwd(
         _check.tensor("scales", scales, dtypes=(lse.dtype,), shape=(-1, weight.shape[0]), device=hidden.device)
         if len(scales) < chunks:
             _check.bad_value("scales", f"a row for each of {chunks} chunks", tuple(scales.shape))
+    slopes = None
+    if len(size):
+        _check.tensor("values", values, dtypes=(slopes_dtype(hidden.dtype),), shape=hidden.shape, device=hidden.device)
+        _check.tensor("size", size, dtypes=(lse.dtype,), shape=hidden.shape[:1], device=hidden.device)
+        slopes = Slopes(pick(values, live), pick(size, live))
     three = backward(
         tiles,
         head,
@@ -205,6 +235,7 @@ def linear_logps_bwd(
         (grad, grad_entropy),
         (needs[0], needs[1], needs[2]),
         hidden.shape[0],
+        slopes=slopes,
     )
     return tuple(hidden.new_empty(0) if x is None else x for x in three)  # type: ignore[return-value]
 
@@ -212,27 +243,32 @@ def linear_logps_bwd(
 @linear_logps_bwd.register_fake
 def _(
     grad: Any, grad_entropy: Any, hidden: Any, weight: Any, bias: Any, t: Any, i: Any, lse: Any, h: Any, s: Any,
-    scale: Any, softcap: Any, tau: Any, error: Any, needs: Any, *settings: Any,
+    order: Any, values: Any, size: Any, scale: Any, softcap: Any, tau: Any, error: Any, needs: Any, *settings: Any,
 ) -> Any:  # fmt: skip
     inputs = (hidden, weight, bias)
     return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in zip(inputs, needs, strict=True))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *head, _, scale, softcap, tau, error, ignore_index, entropy, _, _, backend = inputs
-    _, h, sum_sq, lse, scales = output
-    ctx.save_for_backward(*head, lse, h, scales, scale, softcap, tau, error)
+    *head, _, scale, softcap, tau, error, ignore_index, entropy, _, _, _, backend = inputs
+    _, h, sum_sq, *kept = output
+    lse, *rest = kept
+    ctx.save_for_backward(*head, lse, h, *rest, scale, softcap, tau, error)
     ctx.entropy, ctx.settings = entropy, (ignore_index, backend)
-    ctx.mark_non_differentiable(sum_sq, lse, scales)
+    ctx.mark_non_differentiable(sum_sq, *kept)
+    # Zeros for an entropy that nobody differentiates would be a gradient of it, for which the logits are made again.
+    ctx.set_materialize_grads(False)
 
 
-def _linear_backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+def _linear_backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, *_: Any) -> tuple[Any, ...]:
     needs, saved = list(ctx.needs_input_grad[:3]), ctx.saved_tensors
     of_entropy = grad_entropy if ctx.entropy else None
+    if grad is None:
+        grad = torch.zeros_like(saved[5][:, 0])  # of lse's dtype
     with torch.no_grad():
         three = linear_logps_bwd(grad, of_entropy, *saved, needs, *ctx.settings)
     grads = [g if need else None for g, need in zip(three, needs, strict=True)]
-    return *once("linear_logps", grads, (grad, of_entropy, *saved[:3])), *[None] * 12
+    return *once("linear_logps", grads, (grad, of_entropy, *saved[:3])), *[None] * 13
 
 
 linear = differentiable(linear_logps_fwd, _linear_setup, _linear_backward)

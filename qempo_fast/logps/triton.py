@@ -91,6 +91,9 @@ class TritonPass(TilePass):
         rows, width, size = (policy.chunk, 1, 2) if hidden is None else (*hidden.shape, hidden.element_size())
         return policy.sampled(rows, width, size, COLUMN_ROWS) if sampled else policy.exact(rows, size)
 
+    def ordered(self, hidden: torch.Tensor, vocabulary: int) -> bool:
+        return _policy(hidden.device).ordered(2 * hidden.numel() * vocabulary, hidden.element_size())
+
     def targets(self, head: HeadTensors, options: Options, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, weight, n = head.hidden, head.weight, len(head.targets)
         floor = torch.empty(n, dtype=accumulator(hidden.dtype), device=hidden.device)

@@ -230,7 +230,7 @@ def _floating(x: Any) -> bool:
 
 
 def _sampled(call: _Call) -> bool:
-    """Whether the gradient may be an estimate; "auto" is exact for as few rows as are drawn here."""
+    """Whether the gradient may be an estimate."""
     x = call.plain
     if "weight" not in x or "hidden" not in x or x.get("grad", "auto") == "exact":
         return False

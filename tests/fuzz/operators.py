@@ -101,10 +101,11 @@ def _linear(seed: int) -> dict[str, Any]:
         "sum_sq": False,
         "tau": d.of(None, 0.05),
         "error": None,
+        "slopes": d.of(True, False),
         "chunk": 1024,
         "backend": "cpu",
     }
-    return x
+    return {**x, "slopes": x["slopes"] and x["tau"] is None}
 
 
 def _logits(seed: int) -> dict[str, Any]:
@@ -117,14 +118,16 @@ def _logits(seed: int) -> dict[str, Any]:
 
 def _backward_linear(seed: int) -> dict[str, Any]:
     x = _linear(seed)
-    for name in ("seed", "entropy", "sum_sq", "chunk"):
+    slopes = x["slopes"]
+    for name in ("seed", "entropy", "sum_sq", "slopes", "chunk"):
         del x[name]
     n, d = x["hidden"].shape[0], Draw(seed)
     wide = _wide(d.dtype)
     scales = torch.ones(0 if x["tau"] is None else 1, len(x["weight"]), dtype=wide, device="cpu")
     kept = _called("linear_logps_fwd")(**_linear(seed))
     x |= {"grad": d.floats(n, dtype=wide), "grad_entropy": None, "lse": kept[3], "entropy": kept[1], "scales": scales}
-    return {**x, "needs": [True, True, x["bias"] is not None]}
+    x |= {"order": kept[5], "values": kept[6], "size": kept[7]}
+    return {**x, "needs": [True, False, False] if slopes else [True, True, x["bias"] is not None]}
 
 
 def _backward_logits(seed: int) -> dict[str, Any]:

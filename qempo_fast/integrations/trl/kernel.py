@@ -44,7 +44,7 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None, backend: st
     give it; under TRL's kernel each rank's rows get those of its own tokens alone.
 
     Args:
-        grad, tau, backend: as ``qf.linear_logps``. TRL asks for the entropy, with which "auto" is exact.
+        grad, tau, backend: as ``qf.linear_logps``.
 
     Returns:
         A handle: ``remove()`` gives TRL its kernel back, and as a context manager it does so on exit.
