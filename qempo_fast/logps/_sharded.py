@@ -21,7 +21,7 @@ _SAME = {
     "ignore_index": "the same number",
     "entropy": "the same choice",
     "sum_sq": "the same choice",
-    "grad": "sampled without tau on every rank or on none, and weight's requires_grad alike",
+    "grad": "sampled without tau on every rank or on none",
 }
 # Numbers in the one all-gather of each call: columns, rows, _SAME, checksums of targets and temperatures.
 _HEADER = 4 + len(_SAME)
