@@ -31,6 +31,7 @@ import qempo_fast as qf
 from qempo_fast.logps import cpu
 from qempo_fast.logps._options import TileSizes
 from studies.sampling_designs import Step
+from studies.table import write
 from suite import heads
 from suite.machine import keep_freed_memory
 from suite.provenance import environment
@@ -192,7 +193,7 @@ def main() -> None:
         rows.append(row)
         provenance["seconds"] = round(time.monotonic() - start)
         print(f"{provenance['seconds']} s  {json.dumps(row)}", flush=True)
-        args.json.write_text(json.dumps({"provenance": provenance, "rows": rows}, indent=1) + "\n")
+        write(args.json, provenance, rows)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import torch
 import qempo_fast as qf
 from qempo_fast.demo import run as demo_run
 from studies.optimisers import Batch, Row, average, compare, spread
+from studies.table import write
 from suite import heads
 from suite.provenance import environment
 
@@ -342,7 +343,7 @@ def main() -> None:
         rows.append(row)
         provenance["seconds"] = round(time.monotonic() - start)
         print(f"{provenance['seconds']} s  {json.dumps(row)}", flush=True)
-        args.json.write_text(json.dumps({"provenance": provenance, "rows": rows}, indent=1) + "\n")
+        write(args.json, provenance, rows)
 
 
 if __name__ == "__main__":

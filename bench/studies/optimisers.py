@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 import qempo_fast as qf
+from studies.table import write
 from suite import heads
 from suite.provenance import environment
 
@@ -448,7 +449,7 @@ def main() -> None:
         rows.append(row)
         provenance["seconds"] = round(time.monotonic() - start)
         print(f"{provenance['seconds']} s  {json.dumps(row)}", flush=True)
-        args.json.write_text(json.dumps({"provenance": provenance, "rows": rows}, indent=1) + "\n")
+        write(args.json, provenance, rows)
 
 
 if __name__ == "__main__":
