@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from test_logps import BACKENDS
 import qempo_fast as qf
 from qempo_fast import reference
 from qempo_fast.logps import _function, _order, cpu
-from qempo_fast.logps._options import TileSizes
+from qempo_fast.logps._options import Options, TileSizes
 
 V, D = 600, 24
 
@@ -105,3 +106,14 @@ def test_the_mean_of_draws_is_the_exact_gradient(monkeypatch: pytest.MonkeyPatch
         stacked = torch.stack(some)
         ratio = (stacked.mean(0) - true).square().sum() / (stacked.var(0).sum() / len(some))
         assert ratio < 2.0, ratio
+
+
+def test_autocast_leaves_the_order_as_it_is() -> None:
+    hidden, _, weight = clusters(600, 3, torch.float32)
+    tiles, options = cpu.CpuPass(), Options(1.0, None, False, False, 0.1, 0, None)
+    want = _function.arranged(hidden.bfloat16(), len(weight), None, tiles, options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _function.arranged(hidden.bfloat16(), len(weight), None, tiles, options)
+    assert want is not None
+    assert torch.equal(want, found)
+    assert _function.arranged(hidden, len(weight), None, tiles, replace(options, tau=None)) is None

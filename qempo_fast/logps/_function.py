@@ -36,7 +36,8 @@ def arranged(hidden: torch.Tensor, vocabulary: int, live: _Optional, tiles: Tile
     if not options.sampled or options.group is not None or not tiles.ordered(hidden, vocabulary):
         return live
     hidden = dense("hidden", hidden)
-    return by_likeness(hidden, live, tiles.sizes(True, hidden).chunk)
+    with _check.own_dtypes(hidden.device.type):
+        return by_likeness(hidden, live, tiles.sizes(True, hidden).chunk)
 
 
 def pick(x: torch.Tensor, live: _Optional) -> torch.Tensor:
