@@ -46,13 +46,6 @@ def test_against_float64(case: Case, dtype: torch.dtype, backend: str) -> None:
     assert_right(make(case, dtype), dtype, case.spread, backend=backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_triton_against_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="Triton runs on Linux only")
-    monkeypatch.setattr(_slopes, "ROWS", 24)
-    assert_right(make(Case("", 50, 8, 150, True, 5.0, 0.7, "tensor", True), dtype), dtype, backend="triton")
-
-
 @pytest.mark.parametrize("budget", ["", "0", "0.05"], ids=["free memory", "no logits kept", "a few"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_blocks_of_rows_and_logits_that_do_not_fit(backend: str, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton runs on Linux only")
 
 from test_logps import Case, Inputs, make, run
 from test_logps_from_logits import run as run_logits
+from test_logps_slopes import gradient as frozen
 from tolerances import assert_as_good
 
 import qempo_fast as qf
@@ -21,6 +22,7 @@ from qempo_fast.kernels import _launch, linear_logps_fused
 from qempo_fast.kernels.linear_logps_grad import tile_bwd
 from qempo_fast.kernels.linear_logps_select import select_columns
 from qempo_fast.kernels.linear_logps_tiles import COLUMN_ROWS
+from qempo_fast.logps import _slopes
 from qempo_fast.logps import triton as pass_triton
 from qempo_fast.logps._gemm import linear
 from qempo_fast.logps._head import HeadTensors, Tile
@@ -75,6 +77,23 @@ def test_exact_against_float64(case: Case, dtype: torch.dtype, path: str, device
         # A softmax entry's relative error is that of z - lse, eps times the size of the logits.
         floor = 16.0 * max(1.0, case.spread)
         assert_as_good(name, value, plain[name], truth[name], dtype, floor, not name.startswith("d"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_frozen_head_against_float64(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(_slopes, "ROWS", 24)
+    x = place(make(Case("", 50, 8, 150, True, 5.0, 0.7, "tensor", True), dtype), device)
+    truth, plain, ours = (
+        frozen(function, x, kind, **how)
+        for function, kind, how in (
+            (reference.linear_logps, torch.float64, {}),
+            (reference.linear_logps, dtype, {}),
+            (qf.linear_logps, dtype, {"backend": "triton"}),
+        )
+    )
+    assert_as_good("dhidden", ours, plain, truth, dtype, 16.0)
 
 
 def test_masked_columns(path: str, device: torch.device) -> None:

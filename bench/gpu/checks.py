@@ -67,6 +67,7 @@ def ops(device: str) -> dict[str, tuple[Function, Tensors]]:
 
     return {
         "linear_logps exact": (functools.partial(linear, grad="exact"), head),
+        "linear_logps frozen head": (lambda h: linear(h, head[1]), head[:1]),
         # Under every column's bound: the sampled kernels with the exact answer.
         "linear_logps sampled": (functools.partial(linear, grad="sampled", tau=1e-30), head),
         "logps_from_logits": (
