@@ -12,7 +12,6 @@ time    CPU seconds of a step at equal error, with chunks of each size in qempo_
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ import qempo_fast as qf
 from qempo_fast.logps import cpu
 from qempo_fast.logps._options import TileSizes
 from studies.sampling_designs import Step
-from studies.table import write
+from studies.table import record
 from suite import heads
 from suite.machine import keep_freed_memory
 from suite.provenance import environment
@@ -186,14 +185,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file of the results, written anew")
     parser.add_argument("--rounds", type=int, default=3, help="of the time experiment")
     args = parser.parse_args()
-    start, step, rows = time.monotonic(), read_step(4096), list[Row]()
+    step = read_step(4096)
     provenance = {**environment(()), "threads": torch.get_num_threads(), "n": len(step.p), "keeps": keep_freed_memory()}
     short = replace(step, **{name: getattr(step, name)[:2048] for name in ("p", "g", "hidden", "targets")})
-    for row in chain(order_rows(step), time_rows(short, args.rounds)):
-        rows.append(row)
-        provenance["seconds"] = round(time.monotonic() - start)
-        print(f"{provenance['seconds']} s  {json.dumps(row)}", flush=True)
-        write(args.json, provenance, rows)
+    record(args.json, provenance, chain(order_rows(step), time_rows(short, args.rounds)))
 
 
 if __name__ == "__main__":

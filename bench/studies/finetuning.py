@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import pydoc_data.topics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -36,7 +34,7 @@ import torch
 import qempo_fast as qf
 from qempo_fast.demo import run as demo_run
 from studies.optimisers import Batch, Row, average, compare, spread
-from studies.table import write
+from studies.table import record
 from suite import heads
 from suite.provenance import environment
 
@@ -331,19 +329,14 @@ def main() -> None:
     args = parser.parse_args()
     settings = QUICK if args.quick else Settings()
     provenance = {**environment(()), "threads": torch.get_num_threads(), "settings": asdict(settings)}
-    start = time.monotonic()
-    (model, tokenizer), rows = heads.smollm2(), list[Row]()
+    model, tokenizer = heads.smollm2()
     model.eval().requires_grad_(False)
     experiments = {
         "finetuning": finetuning(read(model, tokenizer, settings)),
         "grpo+dqo": dqo(settings),
         "noise": noise(model, tokenizer, settings),
     }
-    for row in chain(*([experiments[args.only]] if args.only else experiments.values())):
-        rows.append(row)
-        provenance["seconds"] = round(time.monotonic() - start)
-        print(f"{provenance['seconds']} s  {json.dumps(row)}", flush=True)
-        write(args.json, provenance, rows)
+    record(args.json, provenance, chain(*([experiments[args.only]] if args.only else experiments.values())))
 
 
 if __name__ == "__main__":

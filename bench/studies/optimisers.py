@@ -15,10 +15,8 @@ noise      SmolLM2-135M's hidden states and head, loss = -mean log-prob: how far
 from __future__ import annotations
 
 import argparse
-import json
 import pydoc_data.topics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -32,7 +30,7 @@ import torch
 from torch import nn
 
 import qempo_fast as qf
-from studies.table import write
+from studies.table import record
 from suite import heads
 from suite.provenance import environment
 
@@ -439,17 +437,12 @@ def main() -> None:
     args = parser.parse_args()
     settings = QUICK if args.quick else Settings()
     provenance = {**environment(()), "threads": torch.get_num_threads(), "settings": asdict(settings)}
-    start = time.monotonic()
-    (model, tokenizer), rows = heads.smollm2(), list[Row]()
+    model, tokenizer = heads.smollm2()
     if args.only == "safer":
         table = training(tokenizer, settings, SAFER, ("AdamW",))
     else:
         table = chain(training(tokenizer, settings), noise(model, tokenizer, settings))
-    for row in table:
-        rows.append(row)
-        provenance["seconds"] = round(time.monotonic() - start)
-        print(f"{provenance['seconds']} s  {json.dumps(row)}", flush=True)
-        write(args.json, provenance, rows)
+    record(args.json, provenance, table)
 
 
 if __name__ == "__main__":

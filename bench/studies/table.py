@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def record(path: Path, provenance: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+    """Print and write each row as it is made; provenance gets the seconds that they took so far."""
+    start, made = time.monotonic(), list[dict[str, Any]]()
+    for row in rows:
+        made.append(row)
+        provenance["seconds"] = round(time.monotonic() - start)
+        print(f"{provenance['seconds']} s  {json.dumps(row)}", flush=True)
+        write(path, provenance, made)
 
 
 def write(path: Path, provenance: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
