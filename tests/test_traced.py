@@ -328,6 +328,10 @@ DIRECT: dict[str, tuple[str, Callable[[], Any]]] = {
             H, W, None, T, *[None] * 2, ONE.float(), *[None] * 3, -100, *[False] * 3, 9, "cpu"
         ),
     ),
+    "a seed that is no integer": (
+        "seed",
+        lambda: ops.linear_logps_fwd(H, W, None, T, None, ONE, ONE, *[None] * 3, -100, *[False] * 3, 9, "cpu"),
+    ),
     "lse flat": ("lse", lambda: ops.linear_logps_bwd(torch.ones(6), None, H, W, None, T, None, LSE[:, 0], *_BACKWARD)),
     "grad short": ("grad", lambda: ops.linear_logps_bwd(torch.ones(3), None, H, W, None, T, None, LSE, *_BACKWARD)),
     "targets out": (

@@ -130,6 +130,8 @@ def linear_logps_fwd(
     n, vocabulary = hidden.shape[0], weight.shape[0]
     check_values(targets, vocabulary, inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
+    if seed is not None:
+        _check.tensor("seed", seed, dtypes=(torch.int64,), shape=())
     drawn = 0 if seed is None else int(seed)
     options = _options(logit_scale, softcap, tau, error, entropy, sum_sq, drawn, slopes)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
