@@ -317,7 +317,8 @@ def _step(function: Logps, made: Inputs, rows: int, columns: int, frozen: bool) 
 def unchecked(name: str, case: Case, made: Inputs) -> tuple[Step, Step]:
     """(a small step of the same width, the step)."""
     function = PROVIDERS[name].make(case, made.hidden.device.type)
-    return tuple(_step(function, made, *size, case.frozen) for size in ((64, 256), (case.n, case.v)))  # type: ignore[return-value]
+    small = _step(function, made, 64, 256, case.frozen)
+    return small, _step(function, made, case.n, case.v, case.frozen)
 
 
 def checked(name: str, case: Case, made: Inputs) -> tuple[Step, dict[str, Any]]:

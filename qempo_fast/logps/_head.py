@@ -128,10 +128,9 @@ def target_scores(head: HeadTensors, options: Options) -> torch.Tensor:
     here = (head.targets >= 0) & (head.targets < head.weight.shape[0])
     at = head.targets.where(here, 0)
     acc = accumulator(head.hidden.dtype)
-    raw = (head.hidden.to(acc) * head.weight[at].to(acc)).sum(-1)
-    raw = raw if head.bias is None else raw + head.bias[at]
-    temperature = 1.0 if head.inv_temperature is None else 1 / head.inv_temperature
-    z = finish_head(raw, logit_scale=options.logit_scale, softcap=options.softcap, temperature=temperature)
+    raw = (head.hidden.to(acc) * head.weight[at].to(acc)).sum(-1, keepdim=True)
+    bias = None if head.bias is None else head.bias[at].unsqueeze(1)
+    z = finished(raw, bias, head.inv_temperature, options).squeeze(1)
     return z.where(here, -torch.inf)
 
 

@@ -45,7 +45,7 @@ class Policy:
 
     def exact(self, rows: int, size: int) -> TileSizes:
         """For so many rows; size: bytes of an element."""
-        block = _even(rows, self.rows, min(COLUMNS, self.rows))
+        block = even(rows, self.rows, min(COLUMNS, self.rows))
         return TileSizes(block, self._columns(min(block, rows), size))
 
     def sampled(self, rows: int, width: int, size: int, part: int) -> TileSizes:
@@ -53,7 +53,7 @@ class Policy:
         chunks each must have whole parts.
         """
         several = self.chunk % part == 0
-        block = _even(rows, self.rows // self.chunk * self.chunk, self.chunk) if several else self.chunk
+        block = even(rows, self.rows // self.chunk * self.chunk, self.chunk) if several else self.chunk
         chunk, width = max(1, min(rows, self.chunk)), max(1, width)
         kept = min(self._columns(chunk, size), self.gathered // (width * (size + 4)) // COLUMNS * COLUMNS)
         # Wider types have no sum beside dweight itself.
@@ -84,7 +84,7 @@ class Policy:
         return max(COLUMNS, self.tile // (max(1, rows) * size) // COLUMNS * COLUMNS)
 
 
-def _even(n: int, most: int, step: int) -> int:
+def even(n: int, most: int, step: int) -> int:
     """Rows of each block, multiples of step, where n rows go in as few blocks of at most `most` as they fit in."""
     blocks = max(1, -(-n // most))
     rows = -(-max(1, n) // blocks)

@@ -16,6 +16,7 @@ from ._backward import exact_rows
 from ._forward import forward as driver_forward
 from ._head import HeadTensors, Logits, RowGrads
 from ._options import Options, accumulator, logits_budget
+from ._policy import even
 from ._row_stats import RowStats
 from ._tile_pass import TilePass
 
@@ -66,9 +67,7 @@ def forward(tiles: TilePass, head: HeadTensors, options: Options) -> tuple[RowSt
 
 def _block(n: int, fit: int) -> int:
     """Rows of each block, about alike, at most ROWS and as many as fit; ROWS where that is few, and none are kept."""
-    most = ROWS if fit < max(1, min(n, 64)) else min(ROWS, fit)
-    blocks = max(1, -(-n // most))
-    return max(1, -(-n // blocks))
+    return even(n, ROWS if fit < max(1, min(n, 64)) else min(ROWS, fit), 1)
 
 
 def _sizes(head: HeadTensors, logps: torch.Tensor, options: Options) -> torch.Tensor:
