@@ -23,6 +23,16 @@ def sequence(cu_seqlens: Any, **changes: Any) -> tuple[Any, tuple[Any, ...], dic
     return qf.sequence_logps, (*args, cu_seqlens), keywords
 
 
+def weighted(coef: Any, **changes: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    _, args, keywords = head(**changes)
+    return qf.weighted_logps, (*args, coef), keywords
+
+
+def weighted_sequence(cu_seqlens: Any, coef: Any, **changes: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    _, args, keywords = head(**changes)
+    return qf.weighted_sequence_logps, (*args, cu_seqlens, coef), keywords
+
+
 def logits(targets: Any, **changes: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return qf.logps_from_logits, (changes.pop("logits", torch.ones(4, 7)), targets), changes
 
@@ -125,6 +135,35 @@ ROWS: list[Row] = [
     ("cu_seqlens from 1", lambda: sequence(torch.tensor([1, 4])), ValueError, "^cu_seqlens: "),
     ("cu_seqlens empty", lambda: sequence(torch.zeros(0, dtype=torch.int64)), ValueError, "^cu_seqlens: "),
     ("cu_seqlens a list", lambda: sequence([0, 4]), TypeError, "^cu_seqlens: "),
+    ("coef is a list", lambda: weighted([1.0] * 4), TypeError, "^coef: wanted a tensor, got list"),
+    ("coef of integers", lambda: weighted(torch.ones(4).long()), TypeError, "^coef: "),
+    ("coef of another shape", lambda: weighted(torch.ones(5)), ValueError, r"^coef: wanted shape \(4\)"),
+    ("coef elsewhere", lambda: weighted(torch.ones(4, device="meta")), ValueError, "^coef: .*meta"),
+    ("coef is None", lambda: weighted(None), TypeError, "^coef: wanted a tensor"),
+    (
+        "coef_entropy of another shape",
+        lambda: weighted(torch.ones(4), coef_entropy=torch.ones(3)),
+        ValueError,
+        r"^coef_entropy: wanted shape \(4\)",
+    ),
+    (
+        "weighted, target past V",
+        lambda: weighted(torch.ones(4), targets=torch.tensor([0, 9, 1, 1])),
+        ValueError,
+        "got 9",
+    ),
+    (
+        "weights of other sequences",
+        lambda: weighted_sequence(torch.tensor([0, 1, 4]), torch.ones(3)),
+        ValueError,
+        r"^coef: wanted shape \(2\)",
+    ),
+    (
+        "weighted, cu_seqlens past the end",
+        lambda: weighted_sequence(torch.tensor([0, 5]), torch.ones(1)),
+        ValueError,
+        "^cu_seqlens: .*0 to 4",
+    ),
     (
         "logits without vocabulary",
         lambda: logits(torch.arange(4), logits=torch.ones(4, 0)),

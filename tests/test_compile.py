@@ -131,6 +131,10 @@ OPS: dict[str, tuple[Callable[..., torch.Tensor], Tensors]] = {
         (draw(13, 29), tokens(13, 29), draw(13, seed=1)),
     ),
     "segment_sum, an empty segment": (lambda v, cu: qf.segment_sum(v, cu).square().sum(), (draw(60), CU)),
+    "weighted_sequence_logps": (
+        lambda h, w, t, cu: qf.weighted_sequence_logps(h, w, t, cu, torch.ones(len(cu) - 1), average=True).loss,
+        (draw(60, 8), draw(31, 8, seed=1), tokens(60, 31), CU),
+    ),
     "sequence_logps": (sequences, (draw(60, 8), draw(31, 8, seed=1), tokens(60, 31), CU)),
 }
 # Inductor builds C++ for each graph: one of each op.
@@ -201,6 +205,14 @@ def linear(dtype: torch.dtype, tau: float | None, entropy: bool, slopes: bool = 
     return Op(LINEAR, (*head, -100, entropy, entropy, slopes, ROWS, "cpu"))
 
 
+def weighted(dtype: torch.dtype, tau: float | None) -> Op:
+    h, w, b = (draw(*s, dtype=dtype).requires_grad_() for s in ((9, 4), (31, 4), (31,)))
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = (tokens(9, 31), None, draw(9, dtype=acc), None if tau is None else draw(9, dtype=acc))
+    numbers = (None if tau is None else torch.tensor(7), scalar(1.0), None, scalar(tau), None)
+    return Op(torch.ops.qempo_fast.weighted_logps, (h, w, b, *rows, *numbers, -100, False, True, True, True, "cpu"))
+
+
 def grad(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return draw(*shape, dtype=dtype).requires_grad_()
 
@@ -217,6 +229,9 @@ CHECKED = {
     "linear_logps, exact entropy": lambda: linear(torch.float64, None, True),
     "linear_logps, frozen head": lambda: linear(torch.float16, None, True, slopes=True),
     "linear_logps, sampled": lambda: linear(torch.float32, 0.1, True),
+    "weighted_logps": lambda: weighted(torch.float32, None),
+    "weighted_logps, float16": lambda: weighted(torch.float16, None),
+    "weighted_logps, sampled": lambda: weighted(torch.float32, 0.1),
     "logps_from_logits": lambda: Op(
         torch.ops.qempo_fast.logps_from_logits_fwd, (grad(9, 31), tokens(9, 31), None, -100, True, "cpu")
     ),

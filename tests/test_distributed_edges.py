@@ -295,6 +295,8 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "linear_logps": (qf.linear_logps, head | more),
         "linear_logps, sampled": (qf.linear_logps, head | more | {"grad": "sampled"}),
         "sequence_logps": (qf.sequence_logps, head | {"cu_seqlens": cu}),
+        "weighted_logps": (qf.weighted_logps, head | {"coef": draw(6, seed=4)}),
+        "weighted_sequence_logps": (qf.weighted_sequence_logps, head | {"cu_seqlens": cu, "coef": draw(2)}),
         "logps_from_logits": (
             qf.logps_from_logits,
             {"logits": draw(6, 10), "targets": head["targets"], "temperature": more["temperature"]},

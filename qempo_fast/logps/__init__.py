@@ -4,14 +4,19 @@ from .from_logits import logps_from_logits
 from .linear import SequenceLogps, TokenLogps, linear_logps, sequence_logps
 from .segments import segment_sum
 from .stats import LogpsStats, last_stats
+from .weighted import WeightedLogps, WeightedSequenceLogps, weighted_logps, weighted_sequence_logps
 
 __all__ = [
     "LogpsStats",
     "SequenceLogps",
     "TokenLogps",
+    "WeightedLogps",
+    "WeightedSequenceLogps",
     "last_stats",
     "linear_logps",
     "logps_from_logits",
     "segment_sum",
     "sequence_logps",
+    "weighted_logps",
+    "weighted_sequence_logps",
 ]

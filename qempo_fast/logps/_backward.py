@@ -93,19 +93,37 @@ def backward(
         live, _ = _live(head, grads, size.rows, [])
         dh, dw, db = _exact(tiles, head, live, options, needs, size, logits)
         return _as_inputs(head, None if dh is None else _spread(dh, live, head.hidden), dw, db)
+    return sampled_rows(tiles, head, grads, kept, options, needs)
+
+
+def sampled_rows(
+    tiles: TilePass,
+    head: HeadTensors,
+    grads: RowGrads,
+    kept: list[Kept],
+    options: Options,
+    needs: tuple[bool, bool, bool],
+) -> Three:
     return _Sampled(tiles, head, grads, kept, options, needs, tiles.sizes(True, head.hidden)).run()
 
 
 def exact_rows(
-    tiles: TilePass, head: HeadTensors, grads: RowGrads, options: Options, logits: Logits | None
-) -> torch.Tensor:
-    """dhidden in the dtype of sums, of rows that have a coefficient each: none is looked for, so nothing is read."""
+    tiles: TilePass,
+    head: HeadTensors,
+    grads: RowGrads,
+    options: Options,
+    logits: Logits | None,
+    needs: tuple[bool, bool, bool] = (True, False, False),
+    into: torch.Tensor | None = None,
+) -> Three:
+    """Of rows that have a coefficient each: none is looked for, so nothing is read.
+
+    dhidden and dbias in the dtype of sums; dweight in weight's, or added to `into`, which is of sums.
+    """
     size, n = tiles.sizes(False, head.hidden), len(grads.lse)
     parts = [slice(a, min(a + size.rows, n)) for a in range(0, n, size.rows)]
     chunks = [(i, _Rows(at.start, at, at, head.rows(at), grads.rows(at))) for i, at in enumerate(parts)]
-    dh, _, _ = _exact(tiles, head, _Live(chunks, None, n), options, (True, False, False), size, logits)
-    assert dh is not None
-    return dh
+    return _exact(tiles, head, _Live(chunks, None, n), options, needs, size, logits, into)
 
 
 def _exact(
@@ -116,15 +134,18 @@ def _exact(
     needs: tuple[bool, bool, bool],
     size: TileSizes,
     logits: Logits | None,
+    into: torch.Tensor | None = None,
 ) -> Three:
     """Vocabulary outside, rows inside: each row of dweight is summed over all rows of hidden and written once.
 
-    dhidden is of the live rows alone, and as dbias in the dtype of sums.
+    dhidden is of the live rows alone, and as dbias in the dtype of sums. dweight is added to `into` where given.
     """
     hidden, weight, acc = head.hidden, head.weight, accumulator(head.hidden.dtype)
     # In the order of the chunks: a GEMM adds to its part where it lies.
     dh = torch.zeros(live.size, hidden.shape[1], dtype=acc, device=hidden.device) if needs[0] else None
-    dw = tiles.empty(weight.shape, weight.dtype, weight.device) if needs[1] else None
+    dw = into
+    if needs[1] and into is None:
+        dw = tiles.empty(weight.shape, weight.dtype, weight.device)
     db = weight.new_zeros(len(weight), dtype=acc) if needs[2] else None
     chunks = [rows for _, rows in live.chunks]
     width = min(size.columns, len(weight))
@@ -140,14 +161,16 @@ def _exact(
             if dh is not None:
                 add_product(dh[rows.at], z, w.t())
             if out is not None:
-                if total is not None:
+                if into is not None:
+                    add_product(out, z.t(), h.t())
+                elif total is not None:
                     total = add_product(total.to(acc), z.t(), h.t())
                 else:
                     # The only chunk's product is dweight itself: at 64 rows its copy took up to a fifth of the step.
                     total = linear(z.t(), h.t(), out) if len(chunks) == 1 else product(z.t(), h.t())
             if db is not None:
                 db[v : v + len(w)] += z.sum(0, dtype=acc)
-        if out is not None and total is not out:
+        if out is not None and into is None and total is not out:
             out[:] = 0.0 if total is None else total
     return dh, dw, db
 
@@ -188,7 +211,8 @@ class _Chunk:
     """A chunk of rows in the sampled gradient; columns, inverse and place are None where it keeps every column.
 
     place: of each row's target among the columns, outside of them where another shard has it. ends: where in columns
-    the blocks of the vocabulary end. dh, row_sum: sums so far over the tiles of dz W and of dz.
+    the blocks of the vocabulary end. logits: as Kept has them, of these rows. dh, row_sum: sums so far over the tiles
+    of dz W and of dz.
     """
 
     rows: _Rows
@@ -196,6 +220,7 @@ class _Chunk:
     inverse: torch.Tensor | None
     place: torch.Tensor | None
     ends: list[int]
+    logits: torch.Tensor | None = None
     dh: torch.Tensor | None = None
     row_sum: torch.Tensor | None = None
 
@@ -222,7 +247,10 @@ def _chunks(
     for number, part in live.chunks:
         columns, inverse = kept[number].columns, kept[number].inverse
         place = None if columns is None else torch.searchsorted(columns, targets[part.index])
-        out.append(_Chunk(part, columns, inverse, place, by_number[number]))
+        logits = kept[number].logits
+        if logits is not None and not isinstance(part.index, slice):
+            logits = logits[part.index - part.first]
+        out.append(_Chunk(part, columns, inverse, place, by_number[number], logits))
     return out, live
 
 
@@ -314,7 +342,7 @@ class _Sampled:
             width = len(at) + -len(at) % PAD
             w = self.gathered[:width]
             self.tiles.gather(weight, at, w)
-            z = linear(rows.head.hidden, w, self.buffer[: n * width].view(n, width))
+            z = self._logits(chunk, slice(first + v, first + v + len(at)), w)
             scale = chunk.inverse[first + v : first + v + len(at)]
             place = chunk.place - (first + v) if first + v else chunk.place
             row_sum = None if self.centre is None else torch.empty(n, dtype=scale.dtype, device=at.device)
@@ -323,6 +351,17 @@ class _Sampled:
             if row_sum is not None:
                 chunk.row_sum = row_sum if chunk.row_sum is None else chunk.row_sum.add_(row_sum)
             self._add(chunk, z, w, block, at)
+
+    def _logits(self, chunk: _Chunk, at: slice, w: torch.Tensor) -> torch.Tensor:
+        """Raw logits of the kept columns `at`, and of the padding behind them in the gathered rows w."""
+        hidden = chunk.rows.head.hidden
+        out = self.buffer[: len(hidden) * len(w)].view(len(hidden), len(w))
+        if chunk.logits is None:
+            return linear(hidden, w, out)
+        count = at.stop - at.start
+        out[:, :count] = chunk.logits[:, at]
+        out[:, count:] = 0.0
+        return out
 
     def _add(self, chunk: _Chunk, dz: torch.Tensor, w: torch.Tensor, block: slice, at: slice | torch.Tensor) -> None:
         """One tile: dz (n, c) of the block's rows `at`; columns of dz past them are padding, 0."""

@@ -12,7 +12,7 @@ import torch
 
 from . import stats as latest
 from ._gemm import linear
-from ._head import Draw, HeadTensors, Kept, Logits, Tile, part_of, tile_view
+from ._head import Draw, HeadTensors, Kept, Logits, RowGrads, Tile, part_of, tile_view
 from ._options import Options, TileSizes, accumulator
 from ._pilots import MANY, Chosen, choose
 from ._row_stats import LOWEST, RowStats
@@ -20,7 +20,7 @@ from ._tile_pass import TilePass
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """Rows a to b of a block, which a pass takes at once: a chunk, which shares one choice of columns, or several."""
 
     a: int
@@ -32,12 +32,12 @@ class _Span:
     columns: torch.Tensor | None = None
 
 
-def _spans(tiles: TilePass, block: HeadTensors, stats: RowStats, options: Options, size: TileSizes) -> list[_Span]:
+def spans(tiles: TilePass, block: HeadTensors, stats: RowStats, options: Options, size: TileSizes) -> list[Span]:
     n, vocabulary = len(block.targets), block.weight.shape[0]
     if not options.sampled:
         step = n if tiles.together else size.chunk
         ends = [(a, min(a + step, n)) for a in range(0, n, step)]
-        return [_Span(a, b, block.rows(slice(a, b)), stats.rows(a, b)) for a, b in ends]
+        return [Span(a, b, block.rows(slice(a, b)), stats.rows(a, b)) for a, b in ends]
     floor, forced = tiles.targets(block, options, size.chunk)
     chunks = len(forced) if tiles.together else 1
     out = []
@@ -45,7 +45,7 @@ def _spans(tiles: TilePass, block: HeadTensors, stats: RowStats, options: Option
         a, b = i * size.chunk, min((i + chunks) * size.chunk, n)
         part = stats.rows(a, b)
         columns = tiles.new_columns(vocabulary, part)
-        out.append(_Span(a, b, block.rows(slice(a, b)), part, floor[a:b], forced[i : i + chunks], columns))
+        out.append(Span(a, b, block.rows(slice(a, b)), part, floor[a:b], forced[i : i + chunks], columns))
     return out
 
 
@@ -70,32 +70,32 @@ def forward(
         logits = None
     buffer = head.hidden.new_empty(min(size.rows, n) * (width + -width % tiles.align))
     draws: list[Any] = []
-    waiting: list[tuple[int, _Span]] = []
+    waiting: list[tuple[int, Span]] = []
     for a in range(0, n, size.rows):
         block = head.rows(slice(a, min(a + size.rows, n)))
-        spans = _spans(tiles, block, stats.rows(a, a + size.rows), options, size)
-        one = spans[0]
+        found = spans(tiles, block, stats.rows(a, a + size.rows), options, size)
+        one = found[0]
         # A pass may have one launch for all of the vocabulary; then there are no tiles, and no logits to keep.
-        alone = logits is None and len(spans) == 1 and (one.forced is None or len(one.forced) == 1)
+        alone = logits is None and len(found) == 1 and (one.forced is None or len(one.forced) == 1)
         if not (alone and tiles.fused(one.head, one.stats, one.floor, one.columns, options)):
-            _tiles(tiles, block, spans, options, size, buffer, a, logits)
+            _tiles(tiles, block, found, options, size, buffer, a, logits)
         if options.error is not None:
-            waiting += [(a + s.a, _reduced(s, size.chunk)) for s in spans]
+            waiting += [(a + s.a, reduced(s, size.chunk)) for s in found]
         elif options.sampled:
-            draws += [_draw(tiles, s, options, a + s.a, first_column, size) for s in spans]
+            draws += [draw(tiles, s, options, a + s.a, first_column, size) for s in found]
     if options.group is not None:
         stats = stats.merged(options.group)
     chosen = None
     if waiting:
-        chosen = _choose(tiles, head, stats, waiting, options, size)
-        draws = [_draw(tiles, s, replace(options, tau=1.0), a, first_column, size) for a, s in waiting]
-    kept = [_kept(*draw, size.break_even * vocabulary) for draw in tiles.count(draws)]
+        chosen = choose_threshold(tiles, head, stats, waiting, options, size)
+        draws = [draw(tiles, s, replace(options, tau=1.0), a, first_column, size) for a, s in waiting]
+    kept = [kept_of(*one, size.break_even * vocabulary) for one in tiles.count(draws)]
     held = logits is not None and bool(logits.tiles)
     latest.record(tiles.name, n, vocabulary, options, size.chunk, kept, held, chosen)
     return stats, kept
 
 
-def _reduced(span: _Span, chunk: int) -> _Span:
+def reduced(span: Span, chunk: int) -> Span:
     """With one row of bounds for each chunk: until the last row of all has been seen, those of every chunk wait."""
     assert span.columns is not None
     if span.columns.ndim == 1:
@@ -104,15 +104,19 @@ def _reduced(span: _Span, chunk: int) -> _Span:
     return replace(span, columns=span.columns.view(chunks, -1, span.columns.shape[1]).amax(1))
 
 
-def _choose(
+def choose_threshold(
     tiles: TilePass,
     head: HeadTensors,
     stats: RowStats,
-    spans: list[tuple[int, _Span]],
+    spans: list[tuple[int, Span]],
     options: Options,
     size: TileSizes,
+    grads: RowGrads | None = None,
 ) -> Chosen:
-    """The threshold of all chunks; it goes into their bounds, u / tau against 1, so that no GPU has it read back."""
+    """The threshold of all chunks; it goes into their bounds, u / tau against 1, so that no GPU has it read back.
+
+    grads: of all rows, where their coefficients are known.
+    """
     entropy = stats.entropy()
     for a, s in spans:
         assert s.columns is not None
@@ -122,7 +126,7 @@ def _choose(
     forced = torch.cat([s.forced for _, s in spans if s.forced is not None])
     # As many entries as a tile has, of few rows.
     width = max(size.columns, size.columns * size.rows // MANY) if tiles.together else size.columns
-    chosen = choose(tiles, head, stats, bounds, forced, options, size.chunk, width)
+    chosen = choose(tiles, head, stats, bounds, forced, options, size.chunk, width, grads)
     for _, s in spans:
         assert s.columns is not None
         s.columns.sub_(chosen.tau.log())
@@ -139,7 +143,7 @@ def _widen(columns: torch.Tensor, mean_entropy: torch.Tensor) -> None:
 def _tiles(
     tiles: TilePass,
     block: HeadTensors,
-    spans: list[_Span],
+    spans: list[Span],
     options: Options,
     size: TileSizes,
     buffer: torch.Tensor,
@@ -171,7 +175,7 @@ def new_tile(
     return tile_view(buffer, rows, columns, align)
 
 
-def _draw(tiles: TilePass, span: _Span, options: Options, first: int, first_column: int, size: TileSizes) -> Any:
+def draw(tiles: TilePass, span: Span, options: Options, first: int, first_column: int, size: TileSizes) -> Any:
     """What tiles.select makes of the span's bounds. Nothing is read back: on a GPU each value read is a stall."""
     # Bounds of a threshold that was chosen are those of the entropy already.
     entropy = None if options.error is not None else span.stats.entropy()
@@ -190,7 +194,7 @@ def _means(x: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([*parts, x[whole:].mean().reshape(1)]) if whole < len(x) else parts[0]
 
 
-def _kept(index: torch.Tensor, inverse: torch.Tensor, expected: float, most: float) -> Kept:
+def kept_of(index: torch.Tensor, inverse: torch.Tensor, expected: float, most: float) -> Kept:
     # Not the number drawn: to drop a draw because it is large leaves the others short, which is a bias (28 standard
     # errors over 2000 draws at V = 37, where the number varies much).
     return Kept(None, None) if expected > most else Kept(index, inverse)

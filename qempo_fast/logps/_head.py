@@ -51,6 +51,13 @@ class RowGrads:
         pick = lambda x: None if x is None else x[index]  # noqa: E731
         return RowGrads(self.lse[index], self.grad[index], pick(self.grad_entropy), pick(self.entropy))
 
+    def weights(self) -> torch.Tensor:
+        """(N,) size of each row's coefficients, the largest 1."""
+        size = self.grad.abs()
+        if self.grad_entropy is not None:
+            size = torch.maximum(size, self.grad_entropy.abs())
+        return size / size.amax()
+
     def live(self) -> torch.Tensor:
         """Rows with a coefficient: the others add nothing to any gradient."""
         live = self.grad != 0
@@ -59,10 +66,14 @@ class RowGrads:
 
 @dataclass(frozen=True)
 class Kept:
-    """Columns kept for one row chunk, ascending, with 1 / keep probability; None: all of them."""
+    """Columns kept for one row chunk, ascending, with 1 / keep probability; None: all of them.
+
+    logits: raw ones of the chunk's rows there, where the forward had them all; else they are made again.
+    """
 
     columns: torch.Tensor | None
     inverse: torch.Tensor | None
+    logits: torch.Tensor | None = None
 
 
 class Draw(NamedTuple):

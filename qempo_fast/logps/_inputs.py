@@ -28,6 +28,14 @@ def check_values(targets: torch.Tensor, vocabulary: int, inv_temperature: _Optio
         _check.bad_value("targets", f"tokens in [0, {vocabulary}) or ignore_index = {ignore_index}", first)
 
 
+def check_sequences(hidden: Any, targets: Any, cu_seqlens: Any, average: Any) -> None:
+    """Arguments of a function of packed sequences, which come before those of the head."""
+    _check.tensor("hidden", hidden, ndim=2)
+    _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:1], device=hidden.device)
+    _check.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], hidden.device)
+    _check.boolean("average", average)
+
+
 def shaped(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     return None if x is None else x.reshape(like.shape)
 

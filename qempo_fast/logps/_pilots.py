@@ -37,6 +37,12 @@ class Chosen:
     error: torch.Tensor
     rows: torch.Tensor
 
+    @classmethod
+    def of(cls, parts: list[Chosen]) -> Chosen:
+        """Of parts of a call that chose their own: the smallest threshold, the largest error."""
+        tau, error = (torch.stack(x) for x in ([p.tau for p in parts], [p.error for p in parts]))
+        return cls(tau.amin(), error.amax(), torch.cat([p.rows for p in parts]))
+
 
 @dataclass(frozen=True)
 class _Pilots:
@@ -60,6 +66,7 @@ def choose(
     options: Options,
     chunk: int,
     width: int,
+    grads: RowGrads | None = None,
 ) -> Chosen:
     """The largest tau whose draw adds to dhidden AIM times options.error, relative to its norm where rows weigh alike.
 
@@ -72,9 +79,11 @@ def choose(
         forced: (chunks, V) nonzero where a column is always kept.
         chunk: rows of a chunk.
         width: columns of a tile.
+        grads: coefficients of all rows, where they are known: the error is then that of their one gradient, bounds have
+            the weights in them.
     """
     assert options.error is not None
-    pilots = _measured(tiles, head, stats, options, chunk, len(bounds), width)
+    pilots = _measured(tiles, head, stats, options, chunk, len(bounds), width, grads)
     # A bound of 0 is of entries that are 0; and NaN anywhere makes every comparison fail, which keeps all columns.
     inverse = 1 / bounds[pilots.chunks].exp().clamp_(min=1e-30)
     inverse.masked_fill_(forced[pilots.chunks] != 0, 0.0)
@@ -136,13 +145,24 @@ def _spread(sizes: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _measured(
-    tiles: TilePass, head: HeadTensors, stats: RowStats, options: Options, chunk: int, chunks: int, width: int
+    tiles: TilePass,
+    head: HeadTensors,
+    stats: RowStats,
+    options: Options,
+    chunk: int,
+    chunks: int,
+    width: int,
+    weighted: RowGrads | None,
 ) -> _Pilots:
     device, (vocabulary, depth), acc = head.hidden.device, head.weight.shape, accumulator(head.hidden.dtype)
     # A row's dz is of about this size, 1 - p of its target. Its part of |dhidden|^2 goes as the square, of the variance
     # as tau times the size: by squares alone one unsure row among sure ones was every pilot, and the error 3 times too
     # small. The surest are left a hundredth of the draws.
     sizes = torch.expm1(stats.logps(stats.lse())).neg_().nan_to_num(0.0).clamp_(min=0.0)
+    if weighted is not None:
+        # One that is infinite makes its own gradient NaN, not where the others are looked for.
+        weights = weighted.weights()
+        sizes *= weights.nan_to_num(0.0)
     parts = torch.stack([sizes, sizes.square()])
     parts *= 2.0**19 / (parts.mean(1, keepdim=True) + 1e-30)
     tickets = parts.sum(0).to(torch.int64) + 2**13
@@ -153,7 +173,8 @@ def _measured(
     known = options.softcap is None and options.group is None
     centre = centre_of(head.weight) if known else torch.zeros(depth, dtype=acc, device=device)
     offset = (random.to(acc) @ centre)[:, None]
-    both, grads = torch.cat([rows.hidden, random]), _unit_grads(stats, index)
+    both = torch.cat([rows.hidden, random])
+    grads = _unit_grads(stats, index) if weighted is None else [weighted.rows(index)]
     norm = torch.empty(vocabulary, dtype=acc, device=device)
     # Entries of 1e-8 count among those that may be dropped, and float16 ends at 6e-8.
     kind = torch.bfloat16 if head.hidden.dtype == torch.float16 else head.hidden.dtype

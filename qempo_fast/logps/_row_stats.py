@@ -36,6 +36,13 @@ class RowStats:
         """The same memory, rows a to b."""
         return RowStats(*(None if x is None else x[a:b] for x in self._parts()))  # type: ignore[arg-type]
 
+    def take(self, other: RowStats) -> None:
+        """The numbers of other, where they are not in this memory already."""
+        if other is not self:
+            for mine, its in zip(self._parts(), other._parts(), strict=True):
+                if mine is not None and its is not None:
+                    mine.copy_(its)
+
     def _parts(self) -> list[torch.Tensor | None]:
         return [getattr(self, f.name) for f in fields(self)]
 

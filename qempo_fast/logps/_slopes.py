@@ -60,7 +60,9 @@ def forward(tiles: TilePass, head: HeadTensors, options: Options) -> tuple[RowSt
         lse = part.lse()
         size[a:b] = _sizes(block, part.logps(lse), options)
         grads = RowGrads(lse, 1 / size[a:b], None, None)
-        values[a:b] = exact_rows(tiles, block, grads, options, logits)
+        dh, *_ = exact_rows(tiles, block, grads, options, logits)
+        assert dh is not None
+        values[a:b] = dh
     latest.record(tiles.name, n, vocabulary, options, rows, [], False, None)
     return stats, Slopes(values, size)
 

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
-from .. import _backends, _check
+from .. import _backends
 from .._operator import scalar
 from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
 from . import _inputs, _sharded, op
+from ._call import Call, prepared, seed, wants_gradient
 from ._function import LinearLogps, live_rows
-from ._options import ERROR, Options, accumulator, logits_budget
+from ._options import logits_budget
 from .segments import summed
-
-
-class _Call(NamedTuple):
-    """A call whose arguments are checked: hidden (N, D), targets (N,); name of the backend."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    targets: torch.Tensor
-    inv_temperature: torch.Tensor | None
-    ignore_index: int
-    options: Options
-    name: str
 
 
 def linear_logps(
@@ -84,36 +72,19 @@ def linear_logps(
         TypeError, ValueError: naming the argument; targets outside [0, V) that are not ignore_index raise on CPU, and
             on a GPU under QEMPO_CHECK=1; without it their log-prob is NaN.
     """
-    weight, bias, process_group = _sharded.local_head(weight, bias, process_group)
-    with _sharded.checked_together(process_group, hidden, weight):
-        hidden, weight, bias = _autocast(hidden, weight, bias)
-        _check_head(hidden, weight, targets, bias, logit_scale, softcap, ignore_index)
-        _check.gradient(grad, tau)
-        _check.boolean("entropy", entropy)
-        _check.boolean("sum_sq", sum_sq)
-        inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(hidden.dtype))
-        name = _backends.choose("linear_logps", hidden.device, backend)
-    cap = None if softcap is None else float(softcap)
-    options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group)
-    options = _sampling(options, grad, tau, hidden, weight, bias)
-    run = _traced if process_group is None and _check.traced(hidden) else _eager
-    if process_group is not None and torch.compiler.is_compiling():
-        # Collectives and the sizes of the shards stay out of the graph: it breaks here, or fullgraph=True says so.
-        run = torch.compiler.disable(_eager)
-    flat = targets.reshape(-1).long()
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    logps, h, ss = run(_Call(rows, weight, bias, flat, inv_temperature, ignore_index, options, name))
+    call = prepared(
+        *(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, entropy, sum_sq),
+        *(grad, tau, process_group, backend),
+    )
+    options = call.options
+    frozen = wants_gradient(call.hidden) and not wants_gradient(call.weight, call.bias)
+    if frozen and not options.sampled and options.group is None:
+        call = call._replace(options=replace(options, slopes=True))
+    logps, h, ss = call.run(_traced, _eager)
     return TokenLogps(logps.reshape(targets.shape), _inputs.shaped(h, targets), _inputs.shaped(ss, targets))
 
 
-def _seed() -> torch.Tensor:
-    """From torch's generator: torch.manual_seed repeats a step, and activation checkpointing, which restores the
-    generator, sees the same columns when it recomputes.
-    """
-    return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
-
-
-def _eager(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _eager(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
     tiles = _backends.kernel("linear_logps", hidden.device, name)()
     shard = (hidden, weight, bias, targets, inv_temperature, ignore_index, options)
@@ -122,19 +93,19 @@ def _eager(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor
     counted = targets != ignore_index
     live = live_rows(counted)
     if options.sampled:
-        options = replace(options, seed=int(_seed()))
-    elif _wants_gradient(hidden, weight, bias) and not options.slopes:
+        options = replace(options, seed=int(seed()))
+    elif wants_gradient(hidden, weight, bias) and not options.slopes:
         rows = len(targets) if live is None else len(live)
         options = replace(options, keep_logits=logits_budget(rows, weight))
     logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
     return _inputs.marked(logps, targets, counted, vocabulary), h, ss
 
 
-def _traced(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _traced(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
-    seed = _seed() if options.sampled else None
+    drawn = seed() if options.sampled else None
     logps, h, ss, *_ = op.linear(
-        *(hidden, weight, bias, targets, inv_temperature, seed),
+        *(hidden, weight, bias, targets, inv_temperature, drawn),
         *map(scalar, (options.logit_scale, options.softcap, options.tau, options.error)),
         *(ignore_index, options.entropy, options.sum_sq, options.slopes, op.chunk_rows(hidden.device, name), name),
     )
@@ -174,63 +145,6 @@ def sequence_logps(
     """
     *_, group = _sharded.local_head(weight, head.get("bias"), head.get("process_group"))
     with _sharded.checked_together(group, hidden, weight):
-        _check.tensor("hidden", hidden, ndim=2)
-        _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:1])
-        _check.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], hidden.device)
-        _check.boolean("average", average)
+        _inputs.check_sequences(hidden, targets, cu_seqlens, average)
     tokens = linear_logps(hidden, weight, targets, **head)
     return reduce_sequences(tokens, targets, cu_seqlens, average, head.get("ignore_index", -100), summed)
-
-
-def _autocast(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Under autocast the head runs in the autocast dtype, as torch's own linear does."""
-    tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
-    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors):
-        return hidden, weight, bias  # the checks that follow say what is wrong
-    device = hidden.device.type
-    if not _check.autocasts(device) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check_head(
-    hidden: Any, weight: Any, targets: Any, bias: Any, logit_scale: Any, softcap: Any, ignore_index: Any
-) -> None:
-    _check.tensor("hidden", hidden)
-    if hidden.ndim < 1 or hidden.shape[-1] == 0:
-        _check.bad_value("hidden", "shape (..., D) with D > 0", tuple(hidden.shape))
-    _check.tensor("weight", weight, dtypes=(hidden.dtype,), shape=(-1, hidden.shape[-1]), device=hidden.device)
-    if weight.shape[0] == 0:
-        _check.bad_value("weight", "at least one row", tuple(weight.shape))
-    _check.tensor("targets", targets, dtypes=_check.INTS, shape=hidden.shape[:-1], device=hidden.device)
-    if bias is not None:
-        _check.tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
-    _check.positive("logit_scale", logit_scale)
-    if softcap is not None:
-        _check.positive("softcap", softcap)
-    _check.integer("ignore_index", ignore_index, low=-(2**63))
-
-
-def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _sampling(
-    options: Options,
-    grad: str,
-    tau: float | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> Options:
-    """With the threshold of this call, or the error that sets it; as they are for an exact gradient or none."""
-    if not _wants_gradient(hidden, weight, bias):
-        return options
-    if tau is not None:
-        return replace(options, tau=float(tau))
-    if grad != "sampled":
-        return replace(options, slopes=options.group is None and not _wants_gradient(weight, bias))
-    return replace(options, error=ERROR[weight.dtype])

@@ -26,7 +26,7 @@ _T = torch.Tensor
 _Eight = tuple[_T, _T, _T, _T, _T, _T, _T, _T]
 
 
-def _check_rows(
+def check_rows(
     name: str, x: torch.Tensor, targets: torch.Tensor, inv_temperature: _Optional, backward: dict[str, Any]
 ) -> None:
     """Who calls an operator may be a graph, or anyone: rows x (N, any), and by name what has N entries in acc."""
@@ -39,7 +39,7 @@ def _check_rows(
             _check.tensor(what, rows, dtypes=dtypes, shape=shape, device=x.device)
 
 
-def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: _Optional) -> None:
+def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: _Optional) -> None:
     _check.tensor("weight", weight, dtypes=(hidden.dtype,), shape=(-1, hidden.shape[1]), device=hidden.device)
     if bias is not None:
         _check.tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
@@ -76,7 +76,7 @@ def chunk_rows(device: torch.device, backend: str) -> int:
 chunk_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _options(
+def options_of(
     scale: torch.Tensor,
     softcap: _Optional,
     tau: _Optional,
@@ -93,10 +93,10 @@ def _options(
 
 
 # Both read sizes from the device: a captured graph would keep those of its first run, and capturing fails.
-_UNSAFE = (torch.Tag.cudagraph_unsafe,)
+UNSAFE = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("qempo_fast::linear_logps_fwd", mutates_args=(), tags=_UNSAFE)
+@torch.library.custom_op("qempo_fast::linear_logps_fwd", mutates_args=(), tags=UNSAFE)
 def linear_logps_fwd(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -122,8 +122,8 @@ def linear_logps_fwd(
     chunk is chunk_rows(...). As an argument it is part of what torch's cache on disk knows a graph by: read here, a
     graph compiled by a version with other chunks failed at run time, "expected size 3 == 2".
     """
-    _check_rows("hidden", hidden, targets, inv_temperature, {})
-    _check_head(hidden, weight, bias)
+    check_rows("hidden", hidden, targets, inv_temperature, {})
+    check_head(hidden, weight, bias)
     _check.integer("chunk", chunk, low=1)
     if slopes and not (tau is None and error is None):
         _check.bad_value("slopes", "False where the gradient is sampled", slopes)
@@ -133,7 +133,7 @@ def linear_logps_fwd(
     if seed is not None:
         _check.tensor("seed", seed, dtypes=(torch.int64,), shape=())
     drawn = 0 if seed is None else int(seed)
-    options = _options(logit_scale, softcap, tau, error, entropy, sum_sq, drawn, slopes)
+    options = options_of(logit_scale, softcap, tau, error, entropy, sum_sq, drawn, slopes)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     live = arranged(hidden, vocabulary, live, tiles, options)
     head = head_of(hidden, weight, bias, targets, inv_temperature, live)
@@ -180,7 +180,7 @@ def _(
     return *out, values, out[0].new_empty(n if slopes else 0)
 
 
-@torch.library.custom_op("qempo_fast::linear_logps_bwd", mutates_args=(), tags=_UNSAFE)
+@torch.library.custom_op("qempo_fast::linear_logps_bwd", mutates_args=(), tags=UNSAFE)
 def linear_logps_bwd(
     grad: torch.Tensor,
     grad_entropy: torch.Tensor | None,
@@ -205,11 +205,11 @@ def linear_logps_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     h = None if grad_entropy is None else entropy
     saved = {"grad": grad, "grad_entropy": grad_entropy, "lse": lse, "entropy": h}
-    _check_rows("hidden", hidden, targets, inv_temperature, saved)
-    _check_head(hidden, weight, bias)
+    check_rows("hidden", hidden, targets, inv_temperature, saved)
+    check_head(hidden, weight, bias)
     check_values(targets, weight.shape[0], inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
-    options = _options(logit_scale, softcap, tau, error, grad_entropy is not None, False, 0)
+    options = options_of(logit_scale, softcap, tau, error, grad_entropy is not None, False, 0)
     if options.sampled:
         _check.tensor("order", order, dtypes=(torch.int64,), shape=hidden.shape[:1], device=hidden.device)
         live = order[: len(order) if live is None else len(live)]
@@ -286,7 +286,7 @@ def logps_from_logits_fwd(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logps, entropy, and to keep: lse (N, 2)."""
-    _check_rows("logits", logits, targets, inv_temperature, {})
+    check_rows("logits", logits, targets, inv_temperature, {})
     check_values(targets, logits.shape[1], inv_temperature, ignore_index)
     counted = targets != ignore_index
     tiles = _backends.kernel("logps_from_logits", logits.device, backend)()
@@ -314,7 +314,7 @@ def logps_from_logits_bwd(
 ) -> torch.Tensor:
     h = None if grad_entropy is None else entropy
     saved = {"grad": grad, "grad_entropy": grad_entropy, "lse": lse, "entropy": h}
-    _check_rows("logits", logits, targets, inv_temperature, saved)
+    check_rows("logits", logits, targets, inv_temperature, saved)
     check_values(targets, logits.shape[1], inv_temperature, ignore_index)
     counted = targets != ignore_index
     tiles = _backends.kernel("logps_from_logits", logits.device, backend)()

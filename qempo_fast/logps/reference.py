@@ -63,6 +63,7 @@ class TorchPass(TilePass):
             z = z[:, : len(inverse)]  # what is behind has a gradient of 0 already
         lse, grad, grad_entropy, entropy = grads.lse, grads.grad, grads.grad_entropy, grads.entropy
         x = finished(z, bias, inv_temperature, options)
+        raw = z.to(x.dtype) if bias is None else z.to(x.dtype) + bias
         lp = x - lse[:, :1] - lse[:, 1:]
         p = lp.exp()
         d = -grad.unsqueeze(-1) * p
@@ -78,9 +79,8 @@ class TorchPass(TilePass):
             d = d * inverse
         d.scatter_(1, at, torch.where(here, d_t, d.gather(1, at).squeeze(1)).unsqueeze(1))
         if options.softcap is not None:
-            tanh = x / options.softcap
-            if inv_temperature is not None:
-                tanh = tanh / inv_temperature.unsqueeze(-1)
+            # Not back from x: its rounding times a scale of 1e30 was a gradient of 1e22 where a saturated cap has 0.
+            tanh = torch.tanh(raw * options.logit_scale / options.softcap)
             d = d * (1 - tanh * tanh)
         d = d * options.logit_scale
         z.copy_(d if inv_temperature is None else d * inv_temperature.unsqueeze(-1))

@@ -15,7 +15,17 @@ from .groups import (
     spl_loss,
     variance_loss,
 )
-from .logps import SequenceLogps, TokenLogps, linear_logps, logps_from_logits, sequence_logps
+from .logps import (
+    SequenceLogps,
+    TokenLogps,
+    WeightedLogps,
+    WeightedSequenceLogps,
+    linear_logps,
+    logps_from_logits,
+    sequence_logps,
+    weighted_logps,
+    weighted_sequence_logps,
+)
 from .pairs import dpo_loss, hdpo_loss, qempo_kl_pair_loss, qempo_pair_loss, spl_pair_loss
 from .risk import rspo_loss
 from .segments import segment_sum
@@ -25,6 +35,8 @@ __all__ = [
     "DppGains",
     "SequenceLogps",
     "TokenLogps",
+    "WeightedLogps",
+    "WeightedSequenceLogps",
     "dpo_loss",
     "dpp_gains",
     "dpp_logdet",
@@ -49,4 +61,6 @@ __all__ = [
     "spl_loss",
     "spl_pair_loss",
     "variance_loss",
+    "weighted_logps",
+    "weighted_sequence_logps",
 ]

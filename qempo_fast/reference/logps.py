@@ -30,6 +30,24 @@ class SequenceLogps(NamedTuple):
     token_logps: torch.Tensor
 
 
+class WeightedLogps(NamedTuple):
+    """loss (), the weighted sum, and what it is of, shaped like targets and detached; entropy None unless asked for."""
+
+    loss: torch.Tensor
+    logps: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+class WeightedSequenceLogps(NamedTuple):
+    """loss (), the weighted sum of sequences; sums, lengths and token log-probs as SequenceLogps has them, detached."""
+
+    loss: torch.Tensor
+    logps: torch.Tensor
+    entropy: torch.Tensor | None
+    lengths: torch.Tensor
+    token_logps: torch.Tensor
+
+
 def finish_head(
     raw: torch.Tensor,
     *,
@@ -104,6 +122,31 @@ def linear_logps(
     return _from_scores(z, targets, ignore_index, entropy, sum_sq)
 
 
+def weighted_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    coef: torch.Tensor,
+    *,
+    coef_entropy: torch.Tensor | None = None,
+    entropy: bool = False,
+    **head: object,
+) -> WeightedLogps:
+    """sum_i coef_i logps_i + coef_entropy_i entropy_i over the rows that have a coefficient."""
+    asked = entropy or coef_entropy is not None
+    tokens = linear_logps(hidden, weight, targets, entropy=asked, **head)  # type: ignore[arg-type]
+    total = _sum(coef, tokens.logps)
+    if coef_entropy is not None and tokens.entropy is not None:
+        total = total + _sum(coef_entropy, tokens.entropy)
+    return WeightedLogps(total, tokens.logps.detach(), None if tokens.entropy is None else tokens.entropy.detach())
+
+
+def _sum(coef: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    # A row without a coefficient may hold an infinity, and 0 * inf is NaN.
+    still = values.detach()
+    return (coef * torch.where(coef != 0, values, still.where(still.isfinite(), 0.0))).sum()
+
+
 def sequence_logps(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -118,6 +161,27 @@ def sequence_logps(
     """Segment sums (or averages over counted tokens; 0 where there is none) of linear_logps."""
     tokens = linear_logps(hidden, weight, targets, ignore_index=ignore_index, entropy=entropy, **head)  # type: ignore[arg-type]
     return reduce_sequences(tokens, targets, cu_seqlens, average, ignore_index)
+
+
+def weighted_sequence_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    coef: torch.Tensor,
+    *,
+    coef_entropy: torch.Tensor | None = None,
+    entropy: bool = False,
+    **head: object,
+) -> WeightedSequenceLogps:
+    """sum_s coef_s logps_s + coef_entropy_s entropy_s over the sequences that have a coefficient."""
+    asked = entropy or coef_entropy is not None
+    out = sequence_logps(hidden, weight, targets, cu_seqlens, entropy=asked, **head)  # type: ignore[arg-type]
+    total = _sum(coef, out.logps)
+    if coef_entropy is not None and out.entropy is not None:
+        total = total + _sum(coef_entropy, out.entropy)
+    h = None if out.entropy is None else out.entropy.detach()
+    return WeightedSequenceLogps(total, out.logps.detach(), h, out.lengths, out.token_logps.detach())
 
 
 def reduce_sequences(

@@ -113,6 +113,27 @@ def sequence_logps(seed: int) -> dict[str, Any]:
     return {**head, "cu_seqlens": d.offsets(*sizes), "average": d.of(True, False)}
 
 
+def _weights(d: Draw, *rows: int) -> dict[str, Any]:
+    x = {"coef": d.floats(*rows)}
+    return {**x, "coef_entropy": d.floats(*rows)} if d.of(True, False, False) else x
+
+
+def weighted_logps(seed: int) -> dict[str, Any]:
+    d = Draw(seed)
+    rows = d.of((d.size(),), (d.size(),), (2, d.size(0, 4)))
+    head = _head(d, *rows)
+    del head["sum_sq"]
+    return {**head, **_weights(d, *rows)}
+
+
+def weighted_sequence_logps(seed: int) -> dict[str, Any]:
+    d = Draw(seed)
+    sizes = _sizes(d, 0)
+    head = _head(d, sum(sizes))
+    del head["sum_sq"]
+    return {**head, "cu_seqlens": d.offsets(*sizes), "average": d.of(True, False), **_weights(d, len(sizes))}
+
+
 def logps_from_logits(seed: int) -> dict[str, Any]:
     d = Draw(seed)
     rows, vocabulary = d.of((d.size(),), (2, d.size(0, 4))), d.of(1, 2, 7, 33, 200)
@@ -353,9 +374,14 @@ _LOSSES: dict[str, tuple[Callable[[int], dict[str, Any]], tuple[str, ...]]] = {
 def _public() -> dict[str, Function]:
     reference = qf.reference
     head: dict[str, Any] = {"policy": ("hidden", "weight", "bias"), "wide": False}
+    weighted = {**head, "policy": (*head["policy"], "coef", "coef_entropy")}
     found = {
         "linear_logps": Function(linear_logps, qf.linear_logps, reference.linear_logps, **head, weight=14),
         "sequence_logps": Function(sequence_logps, qf.sequence_logps, reference.sequence_logps, **head, weight=8),
+        "weighted_logps": Function(weighted_logps, qf.weighted_logps, reference.weighted_logps, **weighted, weight=8),
+        "weighted_sequence_logps": Function(
+            weighted_sequence_logps, qf.weighted_sequence_logps, reference.weighted_sequence_logps, **weighted, weight=6
+        ),
         "logps_from_logits": Function(
             logps_from_logits, qf.logps_from_logits, reference.logps_from_logits, ("logits",), weight=8
         ),
@@ -408,6 +434,8 @@ NOT_CALLED = {
         "QempoSolution",
         "SequenceLogps",
         "TokenLogps",
+        "WeightedLogps",
+        "WeightedSequenceLogps",
         "metrics",
         "reference",
     ),

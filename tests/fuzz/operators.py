@@ -130,6 +130,15 @@ def _backward_linear(seed: int) -> dict[str, Any]:
     return {**x, "needs": [True, False, False] if slopes else [True, True, x["bias"] is not None]}
 
 
+def _weighted(seed: int) -> dict[str, Any]:
+    x, d = _linear(seed), Draw(seed + 1)
+    for name in ("sum_sq", "slopes", "chunk"):
+        del x[name]
+    n, wide = len(x["hidden"]), _wide(x["hidden"].dtype)
+    x |= {"coef": d.floats(n, dtype=wide), "coef_entropy": d.of(None, d.floats(n, dtype=wide))}
+    return {**x, "need_hidden": True, "need_weight": d.of(True, False), "need_bias": x["bias"] is not None}
+
+
 def _backward_logits(seed: int) -> dict[str, Any]:
     x = _logits(seed)
     _, entropy, lse = _called("logps_from_logits_fwd")(**{**x, "entropy": True})
@@ -157,6 +166,7 @@ _SELECT = _renamed(functions.dpp_select)
 OTHERS: dict[str, Callable[[int], dict[str, Any]]] = {
     "linear_logps_fwd": _linear,
     "linear_logps_bwd": _backward_linear,
+    "weighted_logps": _weighted,
     "logps_from_logits_fwd": _logits,
     "logps_from_logits_bwd": _backward_logits,
     "segment_sum": _made(functions.segment_sum, backend="reference"),
