@@ -24,7 +24,13 @@ CONTENTS = {
             *("The demo <demo>", "Reproductions <reproduce>"),
         ],
         "Understand it": [
-            *("glossary", "Equations <equations>", "Every optimum <science>", "Log-probs <linear_logps>"),
+            *(
+                "glossary",
+                "Equations <equations>",
+                "Every optimum <science>",
+                "Log-probs <linear_logps>",
+                "Known weights <weighted_logps>",
+            ),
             *(
                 "linear_logps_gpu",
                 "DPP <dpp>",

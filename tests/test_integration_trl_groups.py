@@ -109,8 +109,16 @@ def scores(model: Any, output: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("rollouts", [1, 2])
 @pytest.mark.parametrize(("loss", "kwargs", "wanted"), CASES)
 def test_gradient_is_that_of_whole_groups(
-    loss: str, kwargs: dict[str, Any], wanted: Any, rollouts: int, path: str, tmp_path: Path
+    loss: str,
+    kwargs: dict[str, Any],
+    wanted: Any,
+    rollouts: int,
+    path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    forwards, plain = [], qf.weighted_logps
+    monkeypatch.setattr(qf, "weighted_logps", lambda *a, **k: (forwards.append(len(a[2])), plain(*a, **k))[1])
     # Micro-batches of two rows cut every group of four; with two rollouts a step each counts half.
     config = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1, "temperature": 0.8}
     config |= {"steps_per_generation": 4 // rollouts, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
@@ -118,6 +126,7 @@ def test_gradient_is_that_of_whole_groups(
     before = perturbed(path)
     trainer.train()
     assert len(trainer.rollouts) == rollouts
+    assert len(forwards) == 4  # gradients were made in the forward of each micro-batch
     total = 0.0
     for output, texts, rewards in trainer.rollouts:
         with torch.no_grad():

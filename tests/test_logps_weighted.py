@@ -26,7 +26,7 @@ from qempo_fast.logps._options import ERROR, TileSizes
 def weights(x: Inputs) -> torch.Tensor:
     """Of every third row none."""
     coef = x.grads[0] / 100
-    return torch.where(torch.arange(len(coef)) % 3 == 1, 0.0, coef)
+    return torch.where(torch.arange(len(coef), device=coef.device) % 3 == 1, 0.0, coef)
 
 
 def gradients(
@@ -74,7 +74,7 @@ def test_against_float64(case: Case, dtype: torch.dtype, backend: str, frozen: b
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_blocks_add_up(backend: str, dtype: torch.dtype, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_weighted, "ROWS", 96)
+    monkeypatch.setattr(_weighted, "SUMMED", 96)
     monkeypatch.setattr(cpu_pass, "EXACT", TileSizes(40, 128))
     monkeypatch.setenv("QEMPO_KEEP_LOGITS", budget)
     x = make(Case("", 517, 8, 601, bias=True, temperature="tensor", entropy=True), dtype)

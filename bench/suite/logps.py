@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import qempo_fast as qf
+from qempo_fast.integrations.known import known_coefficients, scored
 from qempo_fast.logps._gemm import linear
 from qempo_fast.logps.cpu import CpuPass
 from suite import heads
@@ -105,6 +106,7 @@ GPU_CASES = [
 # What a reader would take instead: the rest costs minutes for these cases and is in the main ones.
 OTHERS = ("TRL ChunkedLogProbFunction", "Liger scaled cross-entropy", "cut-cross-entropy torch_compile")
 FEW = ("qempo_fast sampled", "qempo_fast exact", "plain torch", "cut-cross-entropy torch_compile")
+KNOWN = ("qempo_fast known weights", "qempo_fast known weights, sampled", "qempo_fast exact, none kept", FEW[1])
 
 Logps = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -191,6 +193,21 @@ def _kept_logits(case: Case, device: str) -> Logps:
     return run
 
 
+def _none_kept(case: Case, device: str) -> Logps:
+    """8NDV: every logit is made again in the backward."""
+
+    def run(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with mock.patch.dict(os.environ, QEMPO_KEEP_LOGITS="0"):
+            return qf.linear_logps(h, w, t, softcap=case.softcap, grad="exact").logps
+
+    return run
+
+
+def _known(case: Case, device: str, **keywords: Any) -> Logps:
+    """weighted_logps, of the coefficients that _step says beforehand."""
+    return lambda h, w, t: scored(h, w, t, softcap=case.softcap, **keywords).logps
+
+
 PROVIDERS: dict[str, Provider] = {
     "qempo_fast sampled": _ours(grad="sampled", tau=2.0**-9),
     "qempo_fast sampled 2^-7": _ours(grad="sampled", tau=2.0**-7),
@@ -199,6 +216,9 @@ PROVIDERS: dict[str, Provider] = {
     "qempo_fast sampled 2^-11": _ours(grad="sampled", tau=2.0**-11),
     "qempo_fast exact": _ours(grad="exact"),
     "qempo_fast exact, logits kept": Provider("ours", _kept_logits),
+    "qempo_fast exact, none kept": Provider("ours", _none_kept),
+    "qempo_fast known weights": Provider("ours", _known),
+    "qempo_fast known weights, sampled": Provider("ours", functools.partial(_known, grad="sampled")),
     "plain torch": Provider("peer", lambda case, device: functools.partial(_plain, softcap=case.softcap)),
     "torch.compile of plain": Provider(
         "peer", lambda case, device: torch.compile(functools.partial(_plain, softcap=case.softcap))
@@ -217,6 +237,7 @@ SETS = {
     "models": Set(MODELS, ("qempo_fast sampled 2^-11", "qempo_fast exact", "plain torch", *OTHERS), rounds=3),
     "completions": Set(COMPLETIONS),
     "frozen": Set(FROZEN, memory=True),
+    "known": Set(MAIN, (*KNOWN, "plain torch", *OTHERS), memory=True),
     "scaling": Set([*BY_N, *BY_TEMPERATURE, *BY_V, *BY_D], FEW),
     "threads": Set([QUICK], threads=("one", "all")),
     "memory": Set(BY_V_MEMORY, (*FEW, "TRL ChunkedLogProbFunction"), memory=True, timed=False),
@@ -311,7 +332,12 @@ def _step(function: Logps, made: Inputs, rows: int, columns: int, frozen: bool) 
         except RuntimeError:  # a kernel for large sizes
             out = function(*head, targets)
     incoming = made.incoming[:rows].to(out.dtype)
-    return Step(lambda: function(*head, targets), leaves, incoming, made.hidden.device.type)
+
+    def run() -> torch.Tensor:
+        with known_coefficients(incoming):  # nobody but _known looks
+            return function(*head, targets)
+
+    return Step(run, leaves, incoming, made.hidden.device.type)
 
 
 def unchecked(name: str, case: Case, made: Inputs) -> tuple[Step, Step]:

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import qempo_fast as qf
-
 from .. import _check
 from . import missing, sampling
+from .known import scored
 from .methods import group_advantages
 
 try:
@@ -80,7 +79,7 @@ def linear_cross_entropy(
     _check.choice("reduction", str(reduction).lower(), ("none",))
     if isinstance(temperature, torch.Tensor):
         temperature = float(temperature) if temperature.numel() == 1 else temperature.reshape(-1)
-    out = qf.linear_logps(
+    out = scored(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, entropy=True,
         process_group=dist_process_group, **_gradient,
     )  # fmt: skip

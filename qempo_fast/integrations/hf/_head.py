@@ -11,6 +11,7 @@ from torch.nn.modules import module as _modules
 import qempo_fast as qf
 
 from ... import _check
+from ..known import scored
 
 _LINEAR = torch.nn.Linear.forward
 
@@ -144,14 +145,17 @@ def _check_kind(weight: Any) -> None:
         _check.bad_type("model", "an output head of plain weights, not quantised", type(weight).__name__)
 
 
-def head_logps(hidden: torch.Tensor, head: Head, targets: torch.Tensor, options: dict[str, Any]) -> qf.TokenLogps:
+def head_logps(
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor, options: dict[str, Any], shift: int = 0
+) -> qf.TokenLogps:
     """linear_logps of a model's hidden states, brought to the head's device and dtype."""
     weight, bias, logit_scale, softcap = head
     # A model split over devices may end its backbone elsewhere than at the head.
     hidden, targets = hidden.to(weight.device), targets.to(weight.device)
     if not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(weight.dtype)
-    return qf.linear_logps(hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, **options)
+    head_of_model = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
+    return scored(hidden, weight, targets, shift=shift, **head_of_model, **options)
 
 
 def _logit_scale(config: Any) -> float:

@@ -242,7 +242,9 @@ class _Asked:
         if hidden.shape[:-1] != self.shape:
             name = "labels" if self.shift else "shift_labels"
             _check.bad_value(name, f"shape {tuple(hidden.shape[:-1])}, as the head's input has", tuple(self.shape))
-        self.scores = head_logps(hidden[:, : self.shape[1] - self.shift], self.head, self.targets, self.options)
+        self.scores = head_logps(
+            hidden[:, : self.shape[1] - self.shift], self.head, self.targets, self.options, self.shift
+        )
         # What the model goes on to do with its logits it does with this.
         return torch.zeros((*hidden.shape[:-1], 1), dtype=hidden.dtype, device=hidden.device)
 

@@ -15,9 +15,10 @@ import qempo_fast as qf
 
 from ... import _check
 from ...reference.family import AlphaBeta
+from ..known import known_coefficients
 from ..methods import GROUPS, Method, by_name
 from .constraint import QualityConstraintCallback
-from .kernel import own_logps
+from .kernel import own_logps, seam_rows
 from .settings import (
     refuse_no_reference,
     refuse_unknown,
@@ -272,13 +273,17 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         with self._fused():
             if self._method is None:
                 return super()._compute_loss(model, inputs)
-            logps, entropy, aux_loss = self._token_logps(
-                model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
-            )
-        mask = _response_mask(inputs)
-        # vLLM's sampler is not quite the policy: TRL's ratio corrects for it, token by token.
-        tokens = logps * mask * inputs.get("importance_sampling_ratio", 1.0)
-        weighted = (inputs["coefficients"] * tokens.sum(1)).sum()
+            mask = _response_mask(inputs)
+            # vLLM's sampler is not quite the policy: TRL's ratio corrects for it, token by token.
+            weights = inputs["coefficients"].unsqueeze(1) * mask * inputs.get("importance_sampling_ratio", 1.0)
+            # The prompt has labels of -100.
+            before = inputs["prompt_ids"].shape[1], 0
+            counted = torch.nn.functional.pad(inputs["completion_mask"] != 0, before)
+            with known_coefficients(seam_rows(torch.nn.functional.pad(weights, before), counted)):
+                logps, entropy, aux_loss = self._token_logps(
+                    model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+                )
+        weighted = (weights * logps).sum()
         accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
         rollouts = accumulated / self.args.steps_per_generation if self.model.training else 1
         # Ranks are averaged and micro-batches added: the coefficients of all rows make the gradient of one loss.

@@ -18,6 +18,7 @@ from ... import _check
 from ...reference.logps import finish_head
 from .. import sampling
 from ..gathered import averaged
+from ..known import scored
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,18 @@ def own_logps(fused: bool, grad: str, tau: float | None) -> AbstractContextManag
     if not fused or (outer and default):
         return nullcontext()
     return use_fused_logps(grad=grad, tau=tau)
+
+
+def seam_rows(x: torch.Tensor, counted: torch.Tensor) -> torch.Tensor | None:
+    """(N,) of x (S, T), a number for each token of the input: those that TRL has a row of hidden states for.
+
+    On a GPU the tokens that count, without the first of each sequence; elsewhere all but the first. None where this
+    TRL does not say which.
+    """
+    if not hasattr(trl_utils, "_use_triton"):
+        return None
+    x, counted = x[:, 1:], counted[:, 1:]
+    return x[counted] if trl_utils._use_triton(x.device) else x.reshape(-1)
 
 
 def _seam() -> Any:
@@ -142,7 +155,7 @@ class _Kernel:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         head: dict[str, Any] = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-        tokens = qf.linear_logps(
+        tokens = scored(
             hidden,
             weight,
             targets,
