@@ -45,6 +45,7 @@ def linear_logps(
     grad: str = "auto",
     tau: float | None = None,
     process_group: ProcessGroup | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> TokenLogps:
     """Log-probs of target tokens straight from hidden states and the output head; the logits are never kept.
@@ -75,6 +76,8 @@ def linear_logps(
             2^-9 of the norm of hidden's gradient (float16 2^-12, else 2^-7), with entropy of each of both.
         process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
             all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
+        logits_dtype: torch.float32 keeps half precision's logits in float32 until the softmax, forward and backward;
+            None: they are rounded to the dtype of hidden, as a model gives them.
         backend: "cpu", "reference", ... (see backends()); None chooses.
 
     Returns:
@@ -91,10 +94,11 @@ def linear_logps(
         _check.gradient(grad, tau)
         _check.boolean("entropy", entropy)
         _check.boolean("sum_sq", sum_sq)
+        wide = _inputs.wide_logits(logits_dtype, hidden.dtype)
         inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(hidden.dtype))
         name = _backends.choose("linear_logps", hidden.device, backend)
     cap = None if softcap is None else float(softcap)
-    options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group)
+    options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group, wide=wide)
     options = _sampling(options, grad, tau, hidden, weight, bias)
     run = _traced if process_group is None and _check.traced(hidden) else _eager
     if process_group is not None and torch.compiler.is_compiling():
@@ -125,7 +129,7 @@ def _eager(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor
         options = replace(options, seed=int(_seed()))
     elif _wants_gradient(hidden, weight, bias) and not options.slopes:
         rows = len(targets) if live is None else len(live)
-        options = replace(options, keep_logits=logits_budget(rows, weight))
+        options = replace(options, keep_logits=logits_budget(rows, weight, options.logits_dtype(hidden)))
     logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
     return _inputs.marked(logps, targets, counted, vocabulary), h, ss
 
@@ -136,7 +140,8 @@ def _traced(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tenso
     logps, h, ss, *_ = op.linear(
         *(hidden, weight, bias, targets, inv_temperature, seed),
         *map(scalar, (options.logit_scale, options.softcap, options.tau, options.error)),
-        *(ignore_index, options.entropy, options.sum_sq, options.slopes, op.chunk_rows(hidden.device, name), name),
+        *(ignore_index, options.entropy, options.sum_sq, options.slopes, options.wide),
+        *(op.chunk_rows(hidden.device, name), name),
     )
     counted = targets != ignore_index
     logps = _inputs.marked(logps, targets, counted, weight.shape[0])
