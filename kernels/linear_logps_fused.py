@@ -109,6 +109,7 @@ def _tile(
     SUM_SQ: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    WIDE: tl.constexpr,
     EVEN_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -146,8 +147,10 @@ def _tile(
         bias = tl.load(bias_ptr + c, mask=inside, other=0.0)[None, :]
     # Rounded as the backward's GEMM rounds them: where p is near 1 its gradient is p - 1, and an lse of unrounded
     # logits under a rounded logit of 20 would make that 0.06 in bfloat16.
-    raw = acc.to(kind).to(tl.float32)
-    z = capped(raw, bias, SCALE, SOFTCAP, kind.primitive_bitwidth == 16, not SPECIALIZE) * inv_t[:, None]
+    # WIDE: it writes float32.
+    raw = acc if WIDE else acc.to(kind).to(tl.float32)
+    half: tl.constexpr = kind.primitive_bitwidth == 16 and not WIDE
+    z = capped(raw, bias, SCALE, SOFTCAP, half, not SPECIALIZE) * inv_t[:, None]
     z = tl.where(inside[None, :], z, float("-inf"))
     hit = c[None, :] == target[:, None]
     here = (target >= tile * BLOCK_V) & (target < tile * BLOCK_V + BLOCK_V)
@@ -185,6 +188,7 @@ def _linear_logps_fused_kernel(
     SUM_SQ: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    WIDE: tl.constexpr,
     EVEN_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -214,14 +218,14 @@ def _linear_logps_fused_kernel(
             peak, total, total_z, total_sq, target_z = _tile(
                 tile, n, inv_t, target, peak, total, total_z, total_sq, target_z,
                 x_ptr, w_ptr, bias_ptr, floor_ptr, columns_ptr, N, D, V, stride_xn, stride_wv, stride_wd,
-                ENTROPY, SUM_SQ, SCALE, SOFTCAP, EVEN_D, DESCRIPTORS, SPECIALIZE, BLOCK_N, BLOCK_V, BLOCK_D,
+                ENTROPY, SUM_SQ, SCALE, SOFTCAP, WIDE, EVEN_D, DESCRIPTORS, SPECIALIZE, BLOCK_N, BLOCK_V, BLOCK_D,
             )  # fmt: skip
     else:
         for tile in range(first, end):
             peak, total, total_z, total_sq, target_z = _tile(
                 tile, n, inv_t, target, peak, total, total_z, total_sq, target_z,
                 x_ptr, w_ptr, bias_ptr, floor_ptr, columns_ptr, N, D, V, stride_xn, stride_wv, stride_wd,
-                ENTROPY, SUM_SQ, SCALE, SOFTCAP, EVEN_D, DESCRIPTORS, SPECIALIZE, BLOCK_N, BLOCK_V, BLOCK_D,
+                ENTROPY, SUM_SQ, SCALE, SOFTCAP, WIDE, EVEN_D, DESCRIPTORS, SPECIALIZE, BLOCK_N, BLOCK_V, BLOCK_D,
             )  # fmt: skip
     store_part(parts_ptr, n, live, N, split, peak, total, total_z, total_sq, target_z, ENTROPY, SUM_SQ)
 
@@ -264,7 +268,7 @@ def _candidates(size: str, x: torch.Tensor, w: torch.Tensor, plain: bool) -> lis
     return blocks + [b._replace(specialize=True, programs=1) for b in able]
 
 
-def fused_fwd(x, w, bias, inv_t, targets, stats, floor, columns, scale, softcap) -> None:
+def fused_fwd(x, w, bias, inv_t, targets, stats, floor, columns, scale, softcap, wide=False) -> None:
     """Statistics of each row over all of w's columns, and the column bounds where wanted.
 
     Args:
@@ -276,6 +280,7 @@ def fused_fwd(x, w, bias, inv_t, targets, stats, floor, columns, scale, softcap)
         floor: (n,) float32, a lower bound of the final log-sum-exp; with columns.
         columns: (parts, V) float32 for the log bounds, or None.
         scale, softcap: of the head.
+        wide: logits of half precision keep their float32 sums.
     """
     n, depth = x.shape
     vocabulary = w.shape[0]
@@ -292,7 +297,7 @@ def fused_fwd(x, w, bias, inv_t, targets, stats, floor, columns, scale, softcap)
             *(descriptors or (x, w)),
             *(bias, inv_t, targets, floor, parts, best, n, depth, vocabulary),
             *(x.stride(0), w.stride(0), w.stride(1), per_split, out[2] is not None, out[3] is not None),
-            *(scale, softcap, depth % block.d == 0, descriptors is not None),
+            *(scale, softcap, wide, depth % block.d == 0, descriptors is not None),
             *(block.specialize and _specializes(x, w, block), block.n, block.v, block.d),
             num_warps=block.warps,
             num_stages=block.stages,
@@ -329,6 +334,7 @@ def _signature(
     descriptors: bool = False,
     specialize: bool = False,
     candidate: Block | None = None,
+    wide: bool = False,
 ) -> Signature:
     """The committed block of an architecture, or a candidate that no row has."""
     block: Block = candidate or getattr(LAUNCH[arch], size)
@@ -353,7 +359,7 @@ def _signature(
             "SOFTCAP": 30.0 if full else None,
         }
         | ({} if full else dict.fromkeys(optional, None))
-        | {"EVEN_D": even, "DESCRIPTORS": descriptors, "SPECIALIZE": specialize}
+        | {"WIDE": wide, "EVEN_D": even, "DESCRIPTORS": descriptors, "SPECIALIZE": specialize}
         | {"BLOCK_N": block.n, "BLOCK_V": block.v, "BLOCK_D": block.d},
         hot=candidate is None,
         num_warps=block.warps,
@@ -369,6 +375,8 @@ COMPILE = [
     _signature("cuda:90", "few", "*fp16", True, False),
     _signature("cuda:90", "many", "*bf16", False, True),
     _signature("cuda:90", "capped", "*bf16", True, False),
+    _signature("cuda:90", "few", "*bf16", False, True, wide=True),
+    _signature("cuda:90", "capped", "*bf16", True, False, wide=True),
     _signature("cuda:90", "float32", "*fp32", True, False),
     _signature("cuda:90", "many", "*bf16", False, True, candidate=_PLAIN_ONLY),
 ]

@@ -143,7 +143,7 @@ def tile_bwd(
             all c.
         target: (n,) int64 column of the tile, outside [0, c) or in the padding where another tile holds it.
         live: (n,) bool, False where the gradient is 0 whatever z holds; None: nowhere.
-        out: (n, c) for the gradient, last stride 1; None: z is overwritten.
+        out: (n, c) for the gradient, of any float dtype, last stride 1; None: z is overwritten.
     """
     n, c = z.shape
     kept = c if inverse is None else inverse.shape[0]
@@ -166,13 +166,13 @@ def tile_bwd(
 _OPTIONAL = ("bias_ptr", "inv_t_ptr", "grad_h_ptr", "h_ptr", "inverse_ptr")
 
 
-def _form(z: str, acc: str, given: Sequence[str] = (), live: bool = False) -> Signature:
+def _form(z: str, acc: str, given: Sequence[str] = (), live: bool = False, out: str = "") -> Signature:
     """A plain head or, with all that may be given, one with everything, at the size of the GPU rows of LAUNCH."""
     block, full = LAUNCH["cuda:90"], tuple(given) == _OPTIONAL
     head: dict[str, object] = {"SCALE": 0.5, "SOFTCAP": 30.0} if full else {"SCALE": 1.0, "SOFTCAP": None}
     return Signature(
         _logps_grad_kernel,
-        {"z_ptr": z, "out_ptr": z, "target_ptr": "*i64"}
+        {"z_ptr": z, "out_ptr": out or z, "target_ptr": "*i64"}
         | {"N": "i32", "C": "i32", "kept": "i32", "stride_zn": "i64", "stride_on": "i64"}
         | ({"live_ptr": "*i1"} if live else {})
         | dict.fromkeys(["lse_ptr", "grad_ptr", *given], acc),
@@ -190,6 +190,8 @@ COMPILE = [
     _form("*bf16", "*fp32", live=True),
     _form("*bf16", "*fp32", ("inverse_ptr",)),
     _form("*fp16", "*fp32"),
+    _form("*fp32", "*fp32", out="*bf16"),
+    _form("*fp32", "*fp32", ("inverse_ptr",), out="*bf16"),
     _form("*fp32", "*fp32", _OPTIONAL),
     _form("*bf16", "*fp32", _OPTIONAL),
     _form("*fp64", "*fp64", _OPTIONAL),

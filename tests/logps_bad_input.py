@@ -116,6 +116,14 @@ ROWS: list[Row] = [
     ("tau 0", lambda: head(grad="sampled", tau=0.0), ValueError, "^tau: "),
     ("tau 2", lambda: head(grad="sampled", tau=2.0), ValueError, "^tau: "),
     ("tau with exact", lambda: head(grad="exact", tau=0.1), ValueError, "^tau: wanted None"),
+    ("logits_dtype a word", lambda: head(logits_dtype="float32"), TypeError, "^logits_dtype: .*got str"),
+    ("logits_dtype bfloat16", lambda: head(logits_dtype=torch.bfloat16), ValueError, "^logits_dtype: .*bfloat16"),
+    (
+        "logits_dtype narrower than hidden",
+        lambda: head(hidden=torch.ones(4, 3).double(), weight=torch.ones(7, 3).double(), logits_dtype=torch.float32),
+        ValueError,
+        "^logits_dtype: wanted None with float64",
+    ),
     ("unknown backend", lambda: head(backend="tpu"), ValueError, "^backend: .*'tpu'"),
     ("backend of another device", lambda: head(backend="cuda"), ValueError, "^backend: .*cuda"),
     (

@@ -124,6 +124,10 @@ OPS: dict[str, tuple[Callable[..., torch.Tensor], Tensors]] = {
         head(grad="sampled"),
         (draw(37, 8, dtype=torch.bfloat16), draw(101, 8, seed=1, dtype=torch.bfloat16), tokens(37, 101)),
     ),
+    "head, float32 logits": (
+        head(logits_dtype=torch.float32, entropy=True),
+        (draw(37, 8, dtype=torch.bfloat16), draw(101, 8, seed=1, dtype=torch.bfloat16), tokens(37, 101)),
+    ),
     "head, all rows ignored": (head(entropy=True), (draw(4, 8), draw(11, 8, seed=1), tokens(4, 11, 1))),
     "logits": (lambda z, t: scored(qf.logps_from_logits(z, t)), (draw(13, 29), tokens(13, 29))),
     "logits, entropy, temperature": (
@@ -198,11 +202,11 @@ class Op:
     args: tuple[Any, ...]
 
 
-def linear(dtype: torch.dtype, tau: float | None, entropy: bool, slopes: bool = False) -> Op:
+def linear(dtype: torch.dtype, tau: float | None, entropy: bool, slopes: bool = False, wide: bool = False) -> Op:
     h, w, b = (draw(*s, dtype=dtype).requires_grad_(not (i and slopes)) for i, s in enumerate(((9, 4), (31, 4), (31,))))
     seed = None if tau is None else torch.tensor(7)
     head = (h, w, b, tokens(9, 31), None, seed, scalar(1.0), None, scalar(tau), None)
-    return Op(LINEAR, (*head, -100, entropy, entropy, slopes, ROWS, "cpu"))
+    return Op(LINEAR, (*head, -100, entropy, entropy, slopes, wide, ROWS, "cpu"))
 
 
 def weighted(dtype: torch.dtype, tau: float | None) -> Op:
@@ -210,7 +214,9 @@ def weighted(dtype: torch.dtype, tau: float | None) -> Op:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     rows = (tokens(9, 31), None, draw(9, dtype=acc), None if tau is None else draw(9, dtype=acc))
     numbers = (None if tau is None else torch.tensor(7), scalar(1.0), None, scalar(tau), None)
-    return Op(torch.ops.qempo_fast.weighted_logps, (h, w, b, *rows, *numbers, -100, False, True, True, True, "cpu"))
+    return Op(
+        torch.ops.qempo_fast.weighted_logps, (h, w, b, *rows, *numbers, -100, False, False, True, True, True, "cpu")
+    )
 
 
 def grad(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -228,6 +234,9 @@ CHECKED = {
     "linear_logps, exact": lambda: linear(torch.float32, None, False),
     "linear_logps, exact entropy": lambda: linear(torch.float64, None, True),
     "linear_logps, frozen head": lambda: linear(torch.float16, None, True, slopes=True),
+    "linear_logps, float32 logits": lambda: linear(torch.bfloat16, None, True, wide=True),
+    "linear_logps, float32 logits, sampled": lambda: linear(torch.bfloat16, 0.1, True, wide=True),
+    "linear_logps, float32 logits, frozen head": lambda: linear(torch.bfloat16, None, True, True, True),
     "linear_logps, sampled": lambda: linear(torch.float32, 0.1, True),
     "weighted_logps": lambda: weighted(torch.float32, None),
     "weighted_logps, float16": lambda: weighted(torch.float16, None),

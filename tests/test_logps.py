@@ -276,9 +276,9 @@ def test_a_frozen_head_costs_no_weight_gradient() -> None:
     shapes = []
     original = chunked.linear
 
-    def spy(a: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def spy(a: torch.Tensor, w: torch.Tensor, *more: Any) -> torch.Tensor:
         shapes.append((a.shape[0], w.shape[0]))
-        return original(a, w, out)
+        return original(a, w, *more)
 
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4)
     with pytest.MonkeyPatch.context() as patch:

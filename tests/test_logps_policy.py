@@ -46,6 +46,10 @@ class WideProducts(TorchDispatchMode):
             a, b, dtype = args
             assert dtype == torch.float32
             out = a.float() @ b.float()
+        elif func is torch.ops.aten.mm.dtype_out:
+            a, b, dtype = args
+            assert dtype == kwargs["out"].dtype == torch.float32
+            out = kwargs["out"].copy_(a.float() @ b.float())
         elif func is torch.ops.aten.addmm.dtype_out:
             total, a, b, dtype = args
             assert dtype == total.dtype == torch.float32
@@ -94,6 +98,9 @@ def test_a_gpu_gemm_writes_and_adds_float32(dtype: torch.dtype, wide: WideProduc
     assert str(ops.addmm.dtype_out._schema) == (
         "aten::addmm.dtype_out(Tensor self, Tensor mat1, Tensor mat2, ScalarType out_dtype, *, Scalar beta=1, "
         "Scalar alpha=1, Tensor(a!) out) -> Tensor(a!)"
+    )
+    assert str(ops.mm.dtype_out._schema) == (
+        "aten::mm.dtype_out(Tensor self, Tensor mat2, ScalarType out_dtype, *, Tensor(a!) out) -> Tensor(a!)"
     )
     low = [x.to("meta") for x in (a, w.t())]
     assert torch.mm(*low, out_dtype=torch.float32).dtype == torch.float32

@@ -81,6 +81,19 @@ def test_several_blocks_add_up(backend: str, dtype: torch.dtype, budget: str, mo
     assert_right(x, dtype, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_in_float32(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_weighted, "SUMMED", 96)
+    x = make(Case("", 300, 8, 601, bias=True, entropy=True), dtype)
+    truth = gradients(reference.weighted_logps, x, torch.float64)
+    plain = gradients(reference.weighted_logps, x, dtype, logits_dtype=torch.float32)
+    ours = gradients(qf.weighted_logps, x, dtype, logits_dtype=torch.float32, backend=backend)
+    for name, value in ours.items():
+        of_sums = name in ("loss", "logps", "entropy")
+        assert_as_good(name, value, plain[name], truth[name], torch.float32 if of_sums else dtype, 32.0, float(of_sums))
+
+
 def test_by_hand() -> None:
     """Two tokens of equal logits: p = 1/2, log p = -log 2, H = log 2; dlogp/dz = (1/2, -1/2), dH/dz = 0."""
     hidden = torch.tensor([[1.0], [3.0]], dtype=torch.float64, requires_grad=True)

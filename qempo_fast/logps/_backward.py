@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ._forward import new_tile
-from ._gemm import add_product, linear, product
+from ._gemm import add_product, factor_dtype, linear, product
 from ._head import HeadTensors, Kept, Logits, RowGrads, Tile, centre_of, part_of, tile_view
 from ._options import Options, TileSizes, accumulator
 from ._tile_pass import RowSum, TilePass
@@ -89,7 +89,7 @@ def backward(
     """
     # Where every chunk is past break-even nothing is sampled, and the exact path has the fewer passes over dweight.
     if not options.sampled or all(k.columns is None for k in kept):
-        size = tiles.sizes(False, head.hidden)
+        size = tiles.sizes(False, head.hidden, options.wide)
         live, _ = _live(head, grads, size.rows, [])
         dh, dw, db = _exact(tiles, head, live, options, needs, size, logits)
         return _as_inputs(head, None if dh is None else _spread(dh, live, head.hidden), dw, db)
@@ -104,7 +104,8 @@ def sampled_rows(
     options: Options,
     needs: tuple[bool, bool, bool],
 ) -> Three:
-    return _Sampled(tiles, head, grads, kept, options, needs, tiles.sizes(True, head.hidden)).run()
+    size = tiles.sizes(True, head.hidden, options.wide)
+    return _Sampled(tiles, head, grads, kept, options, needs, size).run()
 
 
 def exact_rows(
@@ -120,7 +121,7 @@ def exact_rows(
 
     dhidden and dbias in the dtype of sums; dweight in weight's, or added to `into`, which is of sums.
     """
-    size, n = tiles.sizes(False, head.hidden), len(grads.lse)
+    size, n = tiles.sizes(False, head.hidden, options.wide), len(grads.lse)
     parts = [slice(a, min(a + size.rows, n)) for a in range(0, n, size.rows)]
     chunks = [(i, _Rows(at.start, at, at, head.rows(at), grads.rows(at))) for i, at in enumerate(parts)]
     return _exact(tiles, head, _Live(chunks, None, n), options, needs, size, logits, into)
@@ -149,15 +150,16 @@ def _exact(
     db = weight.new_zeros(len(weight), dtype=acc) if needs[2] else None
     chunks = [rows for _, rows in live.chunks]
     width = min(size.columns, len(weight))
-    buffer = hidden.new_empty(min(size.rows, len(hidden)) * (width + -width % tiles.align))
+    kind = options.logits_dtype(hidden)
+    buffer = hidden.new_empty(min(size.rows, len(hidden)) * (width + -width % tiles.align), dtype=kind)
     for v in range(0, len(weight), size.columns):
         w, bias = weight[v : v + size.columns], part_of(head.bias, v, v + size.columns)
         out = None if dw is None else dw[v : v + len(w)]
         total = None
         for rows in chunks:
             h = rows.head.hidden
-            z = _kept_or_again(logits, rows, v, w, tile_view(buffer, len(h), len(w), tiles.align))
-            _tile(tiles, z, rows, bias, None, rows.head.targets - v if v else rows.head.targets, options, None)
+            z = _kept_or_again(logits, rows, v, w, tile_view(buffer, len(h), len(w), tiles.align), options.wide)
+            z = _tile(tiles, z, rows, bias, None, rows.head.targets - v if v else rows.head.targets, options, None)
             if dh is not None:
                 add_product(dh[rows.at], z, w.t())
             if out is not None:
@@ -181,10 +183,12 @@ def _spread(dh: torch.Tensor, live: _Live, hidden: torch.Tensor) -> torch.Tensor
     return dh if live.index is None else torch.zeros_like(hidden).index_copy_(0, live.index, dh)
 
 
-def _kept_or_again(logits: Logits | None, rows: _Rows, v: int, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _kept_or_again(
+    logits: Logits | None, rows: _Rows, v: int, w: torch.Tensor, out: torch.Tensor, wide: bool
+) -> torch.Tensor:
     z = None if logits is None else logits.tiles.pop((rows.first, v), None)
     if z is None:
-        return linear(rows.head.hidden, w, out)
+        return linear(rows.head.hidden, w, out, wide)
     return z if isinstance(rows.index, slice) else z[rows.index - rows.first]
 
 
@@ -197,9 +201,11 @@ def _tile(
     target: torch.Tensor,
     options: Options,
     row_sum: torch.Tensor | None,
-) -> None:
-    """Raw logits to their gradients, in place."""
-    tiles.backward(Tile(z, bias, rows.head.inv_temperature, target), rows.grads, inverse, row_sum, options)
+) -> torch.Tensor:
+    """Raw logits to their gradients, in place, or of float32 logits in the dtype that the GEMMs take."""
+    tile = Tile(z, bias, rows.head.inv_temperature, target)
+    dtype = factor_dtype(rows.head.hidden) if options.wide else z.dtype
+    return tiles.slopes(tile, rows.grads, inverse, row_sum, options, dtype)
 
 
 def _as_inputs(head: HeadTensors, dh: torch.Tensor | None, dw: torch.Tensor | None, db: torch.Tensor | None) -> Three:
@@ -288,7 +294,8 @@ class _Sampled:
         width = min(size.kept_columns, max(counts, default=0))
         width += -width % PAD
         self.gathered = weight.new_empty(width, weight.shape[1])
-        self.buffer = hidden.new_empty(min(size.chunk, len(hidden)) * max(width, 1))
+        kind = options.logits_dtype(hidden)
+        self.buffer = hidden.new_empty(min(size.chunk, len(hidden)) * max(width, 1), dtype=kind)
 
     def run(self) -> Three:
         for number, block in enumerate(self.blocks):
@@ -326,8 +333,9 @@ class _Sampled:
         for v in range(block.start, block.stop, step):
             stop = min(v + step, block.stop)
             w, bias = self.head.weight[v:stop], part_of(self.head.bias, v, stop)
-            z = linear(hidden, w, new_tile(hidden, len(hidden), len(w), self.tiles.align))
-            _tile(self.tiles, z, rows, bias, None, rows.head.targets - v, self.options, None)
+            to = new_tile(self.buffer, len(hidden), len(w), self.tiles.align)
+            z = linear(hidden, w, to, self.options.wide)
+            z = _tile(self.tiles, z, rows, bias, None, rows.head.targets - v, self.options, None)
             self._add(chunk, z, w, block, slice(v - block.start, stop - block.start))
 
     def _some(self, chunk: _Chunk, block: slice, columns: torch.Tensor, first: int) -> None:
@@ -347,7 +355,7 @@ class _Sampled:
             place = chunk.place - (first + v) if first + v else chunk.place
             row_sum = None if self.centre is None else torch.empty(n, dtype=scale.dtype, device=at.device)
             # Columns past the kept ones are those of rows of zeros: logits of 0, made gradients of 0 or left alone.
-            _tile(self.tiles, z, rows, None if bias is None else bias[at], scale, place, self.options, row_sum)
+            z = _tile(self.tiles, z, rows, None if bias is None else bias[at], scale, place, self.options, row_sum)
             if row_sum is not None:
                 chunk.row_sum = row_sum if chunk.row_sum is None else chunk.row_sum.add_(row_sum)
             self._add(chunk, z, w, block, at)
@@ -357,7 +365,7 @@ class _Sampled:
         hidden = chunk.rows.head.hidden
         out = self.buffer[: len(hidden) * len(w)].view(len(hidden), len(w))
         if chunk.logits is None:
-            return linear(hidden, w, out)
+            return linear(hidden, w, out, self.options.wide)
         count = at.stop - at.start
         out[:, :count] = chunk.logits[:, at]
         out[:, count:] = 0.0

@@ -51,6 +51,7 @@ def prepared(
     grad: str,
     tau: float | None,
     process_group: ProcessGroup | None,
+    logits_dtype: torch.dtype | None,
     backend: str | None,
     also: Callable[[], None] = lambda: None,
 ) -> Call:
@@ -62,11 +63,12 @@ def prepared(
         _check.gradient(grad, tau)
         _check.boolean("entropy", entropy)
         _check.boolean("sum_sq", sum_sq)
+        wide = _inputs.wide_logits(logits_dtype, hidden.dtype)
         inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(hidden.dtype))
         name = _backends.choose("linear_logps", hidden.device, backend)
         also()
     cap = None if softcap is None else float(softcap)
-    options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group)
+    options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group, wide=wide)
     if wants_gradient(hidden, weight, bias):
         if tau is not None:
             options = replace(options, tau=float(tau))

@@ -64,11 +64,12 @@ def forward(
     n, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     acc, device = accumulator(head.hidden.dtype), head.hidden.device
     stats = RowStats.new(n, acc, device, options.entropy, options.sum_sq) if into is None else into
-    size = tiles.sizes(options.sampled, head.hidden)
+    size = tiles.sizes(options.sampled, head.hidden, options.wide)
     width = min(size.columns, vocabulary)
-    if logits is not None and not logits.fits(min(size.rows, n), width, head.hidden.element_size()):
+    kind = options.logits_dtype(head.hidden)
+    if logits is not None and not logits.fits(min(size.rows, n), width, kind.itemsize):
         logits = None
-    buffer = head.hidden.new_empty(min(size.rows, n) * (width + -width % tiles.align))
+    buffer = head.hidden.new_empty(min(size.rows, n) * (width + -width % tiles.align), dtype=kind)
     draws: list[Any] = []
     waiting: list[tuple[int, Span]] = []
     for a in range(0, n, size.rows):
@@ -154,8 +155,9 @@ def _tiles(
     n, vocabulary = len(block.targets), block.weight.shape[0]
     for v in range(0, vocabulary, size.columns):
         w = block.weight[v : v + size.columns]
-        kept = logits if logits is not None and logits.fits(n, len(w), w.element_size()) else None
-        z = linear(block.hidden, w, new_tile(block.hidden, n, len(w), tiles.align, None if kept else buffer))
+        kept = logits if logits is not None and logits.fits(n, len(w), buffer.element_size()) else None
+        to = new_tile(buffer, n, len(w), tiles.align, None if kept else buffer)
+        z = linear(block.hidden, w, to, options.wide)
         bias = part_of(block.bias, v, v + len(w))
         for s in spans:
             tile = Tile(z[s.a : s.b], bias, s.head.inv_temperature, s.head.targets)
@@ -165,13 +167,13 @@ def _tiles(
 
 
 def new_tile(
-    hidden: torch.Tensor, rows: int, columns: int, align: int, buffer: torch.Tensor | None = None
+    like: torch.Tensor, rows: int, columns: int, align: int, buffer: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     """Where a GEMM writes a tile: in buffer, in memory of its own, or None for what the GEMM itself takes."""
     if buffer is None:
         if columns % align == 0:
             return None
-        buffer = hidden.new_empty(rows * (columns + -columns % align))
+        buffer = like.new_empty(rows * (columns + -columns % align))
     return tile_view(buffer, rows, columns, align)
 
 

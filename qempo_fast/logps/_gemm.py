@@ -55,11 +55,37 @@ def _in_float32(a: torch.Tensor) -> bool:
     return a.dtype in _HALF and a.device.type == "cpu" and not _runs(a.dtype)
 
 
-def linear(a: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """(n, d) by (c, d) to (n, c); out is a hint that a GEMM without an out-variant leaves unused."""
+def factor_dtype(like: torch.Tensor) -> torch.dtype:
+    """Of a factor that is made for a GEMM with like: float32 where it would be widened again."""
+    return torch.float32 if _in_float32(like) else like.dtype
+
+
+def _alike(a: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """a and w in one dtype: what factor_dtype made float32 meets a copy of the other."""
+    return (a, w) if a.dtype == w.dtype else (a.float(), w.float())
+
+
+def _wide(a: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """linear() of half precision that is summed and written in float32."""
+    if not widens(a):
+        return linear(a.float(), w.float(), out)
+    more = {} if out is None else {"out": out}
+    return torch.mm(a, w.t(), out_dtype=torch.float32, **more)
+
+
+def linear(a: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
+    """(n, d) by (c, d) to (n, c), wide: in float32; out is a hint that a GEMM without an out-variant leaves unused.
+
+    Where out is in another dtype than the factors it is written.
+    """
+    if wide and a.dtype in _HALF:
+        return _wide(a, w, out)
+    a, w = _alike(a, w)
+    if out is not None and out.dtype != a.dtype:
+        return out.copy_(linear(a, w))
     if _in_float32(a):
-        wide = linear(a.float(), w.float())
-        return wide.to(a.dtype) if out is None else out.copy_(wide)
+        product = linear(a.float(), w.float())
+        return product.to(a.dtype) if out is None else out.copy_(product)
     if a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and w.numel() and _onednn_float32():
         return torch.ops.mkldnn._linear_pointwise(_apart(a), _apart(w), None, "none", [], "")
     return torch.mm(a, w.t(), out=out) if out is not None else torch.mm(a, w.t())
@@ -67,13 +93,13 @@ def linear(a: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) ->
 
 def product(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """a @ w.T to be summed: in float32 where the GEMM can, else in a's dtype."""
-    if _in_float32(a):
-        return linear(a.float(), w.float())
-    return torch.mm(a, w.t(), out_dtype=torch.float32) if widens(a) else linear(a, w)
+    a, w = _alike(a, w)
+    return _wide(a, w, None) if _in_float32(a) or widens(a) else linear(a, w)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """total += a @ w.T, total at least as wide as a; inside the GEMM on a GPU, where that saves a pass and a buffer."""
+    a, w = _alike(a, w)
     if widens(a) and total.dtype == torch.float32:
         # torch 2.11 cannot trace this form, and no op lets it be traced.
         return torch.addmm(total, a, w.t(), out_dtype=torch.float32, out=total) if _ADDS else total.add_(product(a, w))

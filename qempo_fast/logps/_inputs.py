@@ -36,6 +36,19 @@ def check_sequences(hidden: Any, targets: Any, cu_seqlens: Any, average: Any) ->
     _check.boolean("average", average)
 
 
+def wide_logits(logits_dtype: Any, dtype: torch.dtype) -> bool:
+    """Whether logits are float32 that the dtype of hidden would round."""
+    if logits_dtype is None:
+        return False
+    if not isinstance(logits_dtype, torch.dtype):
+        _check.bad_type("logits_dtype", "None or torch.float32", type(logits_dtype).__name__)
+    if logits_dtype != torch.float32:
+        _check.bad_value("logits_dtype", "None or torch.float32", logits_dtype)
+    if dtype == torch.float64:
+        _check.bad_value("logits_dtype", "None with float64 hidden, whose digits it would lose", logits_dtype)
+    return dtype != torch.float32
+
+
 def shaped(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     return None if x is None else x.reshape(like.shape)
 

@@ -35,6 +35,7 @@ class Options:
     """The gradient is sampled at threshold tau, or at one that adds the relative error; both None: exact.
 
     An exact one may keep so many bytes of logits, or with slopes is made in the forward; seed drives a sampled one.
+    wide: hidden is of half precision, and its logits are float32 until the softmax.
     """
 
     logit_scale: float
@@ -47,10 +48,14 @@ class Options:
     keep_logits: int = 0
     error: float | None = None
     slopes: bool = False
+    wide: bool = False
 
     @property
     def sampled(self) -> bool:
         return self.tau is not None or self.error is not None
+
+    def logits_dtype(self, hidden: torch.Tensor) -> torch.dtype:
+        return torch.float32 if self.wide else hidden.dtype
 
 
 @dataclass(frozen=True)
@@ -78,18 +83,18 @@ class TileSizes:
         return self.kept or self.columns
 
 
-def logits_budget(rows: int, weight: torch.Tensor) -> int:
+def logits_budget(rows: int, weight: torch.Tensor, dtype: torch.dtype | None = None) -> int:
     """Bytes of logits that an exact step of so many rows may keep for its backward: QEMPO_KEEP_LOGITS in MiB.
 
     Where that is not set, as many as the weight has, which is the size of dweight, and at most a sixteenth of what is
     free on its device: N = D rows cost 6NDV, and of more rows the first D do. Recomputing costs most where rows are
-    few: exact at N = 64 of a bfloat16 Llama-3-8B head, 0.82 of the time.
+    few: exact at N = 64 of a bfloat16 Llama-3-8B head, 0.82 of the time. dtype: of the logits, where not the weight's.
     """
     value = os.environ.get("QEMPO_KEEP_LOGITS", "").strip()
     if not value:
         few = weight.nbytes // 8
         # Of few rows without a look at what is free, which on a GPU may take longer than their kernels.
-        if rows * weight.shape[0] * weight.element_size() <= few:
+        if rows * weight.shape[0] * (dtype or weight.dtype).itemsize <= few:
             return few
         return min(weight.nbytes, max(few, _free(weight.device) // 16))
     try:

@@ -182,7 +182,7 @@ def _measured(
     dh = torch.zeros(len(grads), len(index), depth, dtype=acc, device=device)
     for v in range(0, vocabulary, width):
         w, bias = head.weight[v : v + width], part_of(head.bias, v, v + width)
-        raw, projected = linear(both, w).to(acc).split([len(index), SIGNS])
+        raw, projected = linear(both, w, wide=options.wide).to(acc).split([len(index), SIGNS])
         norm[v : v + width] = (projected - offset).square().mean(0)
         for i, of in enumerate(grads):
             part = raw.clone() if i + 1 < len(grads) else raw

@@ -44,21 +44,22 @@ class Policy:
     rates: Rates | None = None
 
     def exact(self, rows: int, size: int) -> TileSizes:
-        """For so many rows; size: bytes of an element."""
+        """For so many rows; size: bytes of a logit."""
         block = even(rows, self.rows, min(COLUMNS, self.rows))
         return TileSizes(block, self._columns(min(block, rows), size))
 
-    def sampled(self, rows: int, width: int, size: int, part: int) -> TileSizes:
+    def sampled(self, rows: int, width: int, size: int, part: int, logit: int = 0) -> TileSizes:
         """width: of the hidden states. part: rows that a row of column bounds is of, so that of a tile with several
-        chunks each must have whole parts.
+        chunks each must have whole parts. logit: bytes of one where they are not an element's.
         """
+        logit = logit or size
         several = self.chunk % part == 0
         block = even(rows, self.rows // self.chunk * self.chunk, self.chunk) if several else self.chunk
         chunk, width = max(1, min(rows, self.chunk)), max(1, width)
-        kept = min(self._columns(chunk, size), self.gathered // (width * (size + 4)) // COLUMNS * COLUMNS)
+        kept = min(self._columns(chunk, logit), self.gathered // (width * (size + 4)) // COLUMNS * COLUMNS)
         # Wider types have no sum beside dweight itself.
         total = 0 if size > 2 else max(COLUMNS, self.total // (4 * width) // COLUMNS * COLUMNS)
-        columns, kept = self._columns(min(block, rows), size), max(COLUMNS, kept)
+        columns, kept = self._columns(min(block, rows), logit), max(COLUMNS, kept)
         return TileSizes(block, columns, self.chunk, kept, total, self.break_even(chunk, size))
 
     def break_even(self, rows: int, size: int) -> float:

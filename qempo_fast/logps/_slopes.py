@@ -49,8 +49,9 @@ def forward(tiles: TilePass, head: HeadTensors, options: Options) -> tuple[RowSt
     (n, depth), (dtype, device) = head.hidden.shape, (head.hidden.dtype, head.hidden.device)
     acc, vocabulary = accumulator(dtype), len(head.weight)
     stats = RowStats.new(n, acc, device, options.entropy, options.sum_sq)
-    budget = logits_budget(min(n, ROWS), head.weight)
-    rows = _block(n, budget // (vocabulary * dtype.itemsize))
+    kind = options.logits_dtype(head.hidden)
+    budget = logits_budget(min(n, ROWS), head.weight, kind)
+    rows = _block(n, budget // (vocabulary * kind.itemsize))
     values = torch.empty(n, depth, dtype=slopes_dtype(dtype), device=device)
     size = torch.empty(n, dtype=acc, device=device)
     for a in range(0, n, rows):

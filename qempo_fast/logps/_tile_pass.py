@@ -71,8 +71,8 @@ class TilePass(ABC):
     together = False
 
     @abstractmethod
-    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None) -> TileSizes:
-        """Rows and columns of the logits buffer for these rows; without them of one chunk."""
+    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False) -> TileSizes:
+        """Rows and columns of the logits buffer for these rows; without them of one chunk. wide: of float32."""
 
     def ordered(self, hidden: torch.Tensor, vocabulary: int) -> bool:
         """Whether a sampled step of these rows gains more by their order than that takes to be found."""
@@ -94,6 +94,25 @@ class TilePass(ABC):
 
         Where inverse is given, columns past its end are of rows of zeros: they become 0, or are left as they are.
         """
+
+    def slopes(
+        self,
+        tile: Tile,
+        grads: RowGrads,
+        inverse: _Optional,
+        row_sum: _Optional,
+        options: Options,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """What backward() makes, in dtype, in which row_sum is of it: the tile itself or another; the tile is spent."""
+        if tile.z.dtype == dtype:
+            self.backward(tile, grads, inverse, row_sum, options)
+            return tile.z
+        self.backward(tile, grads, inverse, None, options)
+        z = tile.z.to(dtype)
+        if row_sum is not None:
+            torch.sum(z, 1, dtype=row_sum.dtype, out=row_sum)
+        return z
 
     @abstractmethod
     def select(self, draw: Draw) -> Any:

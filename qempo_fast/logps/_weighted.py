@@ -165,8 +165,8 @@ def _scored(
 
 def _block(head: HeadTensors, moving: int, options: Options, step: int, most: int) -> tuple[int, int]:
     """Rows of each block, a multiple of step, and the bytes that its logits may take."""
-    size = len(head.weight) * head.hidden.element_size()
-    budget = logits_budget(min(moving, most), head.weight)
+    kind = options.logits_dtype(head.hidden)
+    size, budget = len(head.weight) * kind.itemsize, logits_budget(min(moving, most), head.weight, kind)
     fit = budget // size
     if options.group is not None:
         # Every rank merges the statistics of the same blocks.
@@ -229,8 +229,8 @@ def _sampled(
     first_column: int,
     needs: tuple[bool, bool, bool],
 ) -> Three:
-    size, whole = tiles.sizes(True, head.hidden), tiles.sizes(False, head.hidden).rows
-    step, budget = _block(head, rows.moving, options, size.chunk, min(ROWS, whole) // size.chunk * size.chunk)
+    size, whole = (tiles.sizes(sampled, head.hidden, options.wide) for sampled in (True, False))
+    step, budget = _block(head, rows.moving, options, size.chunk, min(ROWS, whole.rows) // size.chunk * size.chunk)
     # An entropy that is asked for and has no coefficients makes no column more likely to be kept.
     asked, options = options, replace(options, entropy=rows.entropy is not None)
     kept: list[Kept] = []
@@ -270,7 +270,8 @@ def _bounds(
     floor = grads.lse.sum(1) - grads.weights().log()
     again = RowStats.new(len(floor), acc, floor.device, options.entropy, False)
     found = [
-        replace(s, floor=floor[s.a : s.b]) for s in spans(tiles, block, again, options, tiles.sizes(True, block.hidden))
+        replace(s, floor=floor[s.a : s.b])
+        for s in spans(tiles, block, again, options, tiles.sizes(True, block.hidden, options.wide))
     ]
     for (_, v), z in sorted(logits.tiles.items(), key=lambda item: item[0]):
         bias = part_of(block.bias, v, v + z.shape[1])

@@ -76,7 +76,7 @@ class CpuPass(TilePass):
 
     name = "cpu"
 
-    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None) -> TileSizes:
+    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False) -> TileSizes:
         if not sampled:
             return EXACT
         if hidden is None or not SAMPLED.block:

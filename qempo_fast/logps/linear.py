@@ -33,6 +33,7 @@ def linear_logps(
     grad: str = "auto",
     tau: float | None = None,
     process_group: ProcessGroup | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> TokenLogps:
     """Log-probs of target tokens straight from hidden states and the output head; the logits are never kept.
@@ -63,6 +64,8 @@ def linear_logps(
             2^-9 of the norm of hidden's gradient (float16 2^-12, else 2^-7), with entropy of each of both.
         process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
             all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
+        logits_dtype: torch.float32 keeps half precision's logits in float32 until the softmax, forward and backward;
+            None: they are rounded to the dtype of hidden, as a model gives them.
         backend: "cpu", "reference", ... (see backends()); None chooses.
 
     Returns:
@@ -74,7 +77,7 @@ def linear_logps(
     """
     call = prepared(
         *(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, entropy, sum_sq),
-        *(grad, tau, process_group, backend),
+        *(grad, tau, process_group, logits_dtype, backend),
     )
     options = call.options
     frozen = wants_gradient(call.hidden) and not wants_gradient(call.weight, call.bias)
@@ -96,7 +99,7 @@ def _eager(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor 
         options = replace(options, seed=int(seed()))
     elif wants_gradient(hidden, weight, bias) and not options.slopes:
         rows = len(targets) if live is None else len(live)
-        options = replace(options, keep_logits=logits_budget(rows, weight))
+        options = replace(options, keep_logits=logits_budget(rows, weight, options.logits_dtype(hidden)))
     logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
     return _inputs.marked(logps, targets, counted, vocabulary), h, ss
 
@@ -107,7 +110,8 @@ def _traced(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor
     logps, h, ss, *_ = op.linear(
         *(hidden, weight, bias, targets, inv_temperature, drawn),
         *map(scalar, (options.logit_scale, options.softcap, options.tau, options.error)),
-        *(ignore_index, options.entropy, options.sum_sq, options.slopes, op.chunk_rows(hidden.device, name), name),
+        *(ignore_index, options.entropy, options.sum_sq, options.slopes, options.wide),
+        *(op.chunk_rows(hidden.device, name), name),
     )
     counted = targets != ignore_index
     logps = _inputs.marked(logps, targets, counted, weight.shape[0])

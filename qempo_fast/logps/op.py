@@ -39,10 +39,12 @@ def check_rows(
             _check.tensor(what, rows, dtypes=dtypes, shape=shape, device=x.device)
 
 
-def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: _Optional) -> None:
+def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: _Optional, wide: bool) -> None:
     _check.tensor("weight", weight, dtypes=(hidden.dtype,), shape=(-1, hidden.shape[1]), device=hidden.device)
     if bias is not None:
         _check.tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
+    if wide and hidden.element_size() > 2:
+        _check.bad_value("wide", f"False where logits are {hidden.dtype} anyway", wide)
 
 
 def _scales(kept: list[Kept], rows: int, like: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -85,11 +87,13 @@ def options_of(
     sum_sq: bool,
     seed: int,
     slopes: bool = False,
+    wide: bool = False,
 ) -> Options:
     cap = None if softcap is None else number("softcap", softcap)
     keep = None if tau is None else number("tau", tau)
     most = None if error is None else number("error", error)
-    return Options(number("logit_scale", scale), cap, entropy, sum_sq, keep, seed, None, error=most, slopes=slopes)
+    head = (number("logit_scale", scale), cap, entropy, sum_sq, keep, seed, None)
+    return Options(*head, error=most, slopes=slopes, wide=wide)
 
 
 # Both read sizes from the device: a captured graph would keep those of its first run, and capturing fails.
@@ -112,6 +116,7 @@ def linear_logps_fwd(
     entropy: bool,
     sum_sq: bool,
     slopes: bool,
+    wide: bool,
     chunk: int,
     backend: str,
 ) -> _Eight:
@@ -123,7 +128,7 @@ def linear_logps_fwd(
     graph compiled by a version with other chunks failed at run time, "expected size 3 == 2".
     """
     check_rows("hidden", hidden, targets, inv_temperature, {})
-    check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias, wide)
     _check.integer("chunk", chunk, low=1)
     if slopes and not (tau is None and error is None):
         _check.bad_value("slopes", "False where the gradient is sampled", slopes)
@@ -133,7 +138,7 @@ def linear_logps_fwd(
     if seed is not None:
         _check.tensor("seed", seed, dtypes=(torch.int64,), shape=())
     drawn = 0 if seed is None else int(seed)
-    options = options_of(logit_scale, softcap, tau, error, entropy, sum_sq, drawn, slopes)
+    options = options_of(logit_scale, softcap, tau, error, entropy, sum_sq, drawn, slopes, wide)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     live = arranged(hidden, vocabulary, live, tiles, options)
     head = head_of(hidden, weight, bias, targets, inv_temperature, live)
@@ -165,6 +170,7 @@ def _(
     entropy: bool,
     sum_sq: bool,
     slopes: bool,
+    wide: bool,
     chunk: int,
     backend: str,
 ) -> Any:
@@ -201,15 +207,16 @@ def linear_logps_bwd(
     error: torch.Tensor | None,
     needs: list[bool],
     ignore_index: int,
+    wide: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     h = None if grad_entropy is None else entropy
     saved = {"grad": grad, "grad_entropy": grad_entropy, "lse": lse, "entropy": h}
     check_rows("hidden", hidden, targets, inv_temperature, saved)
-    check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias, wide)
     check_values(targets, weight.shape[0], inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
-    options = options_of(logit_scale, softcap, tau, error, grad_entropy is not None, False, 0)
+    options = options_of(logit_scale, softcap, tau, error, grad_entropy is not None, False, 0, wide=wide)
     if options.sampled:
         _check.tensor("order", order, dtypes=(torch.int64,), shape=hidden.shape[:1], device=hidden.device)
         live = order[: len(order) if live is None else len(live)]
@@ -252,11 +259,11 @@ def _(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *head, _, scale, softcap, tau, error, ignore_index, entropy, _, _, _, backend = inputs
+    *head, _, scale, softcap, tau, error, ignore_index, entropy, _, _, wide, _, backend = inputs
     _, h, sum_sq, *kept = output
     lse, *rest = kept
     ctx.save_for_backward(*head, lse, h, *rest, scale, softcap, tau, error)
-    ctx.entropy, ctx.settings = entropy, (ignore_index, backend)
+    ctx.entropy, ctx.settings = entropy, (ignore_index, wide, backend)
     ctx.mark_non_differentiable(sum_sq, *kept)
     # Zeros for an entropy that nobody differentiates would be a gradient of it, for which the logits are made again.
     ctx.set_materialize_grads(False)
@@ -270,7 +277,7 @@ def _linear_backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, *_: Any
     with torch.no_grad():
         three = linear_logps_bwd(grad, of_entropy, *saved, needs, *ctx.settings)
     grads = [g if need else None for g, need in zip(three, needs, strict=True)]
-    return *once("linear_logps", grads, (grad, of_entropy, *saved[:3])), *[None] * 13
+    return *once("linear_logps", grads, (grad, of_entropy, *saved[:3])), *[None] * 14
 
 
 linear = differentiable(linear_logps_fwd, _linear_setup, _linear_backward)

@@ -16,7 +16,7 @@ from ..kernels.linear_logps_targets import target_scores
 from ..kernels.linear_logps_tiles import COLUMN_ROWS, tile_fwd
 from ..kernels.segment_sum import segment_sum_bwd, segment_sum_fwd
 from . import _segment_sum
-from ._head import Draw, HeadTensors, RowGrads, Tile
+from ._head import Draw, HeadTensors, RowGrads, Tile, tile_view
 from ._options import Options, TileSizes, accumulator
 from ._policy import POLICIES, Policy
 from ._row_stats import RowStats
@@ -84,12 +84,13 @@ class TritonPass(TilePass):
     align = 8
     together = True
 
-    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None) -> TileSizes:
+    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False) -> TileSizes:
         # Without rows the current device's: the GPUs of one process are of one kind.
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if hidden is None else hidden.device
         policy = _policy(device)
         rows, width, size = (policy.chunk, 1, 2) if hidden is None else (*hidden.shape, hidden.element_size())
-        return policy.sampled(rows, width, size, COLUMN_ROWS) if sampled else policy.exact(rows, size)
+        logit = 4 if wide else size
+        return policy.sampled(rows, width, size, COLUMN_ROWS, logit) if sampled else policy.exact(rows, logit)
 
     def ordered(self, hidden: torch.Tensor, vocabulary: int) -> bool:
         return _policy(hidden.device).ordered(2 * hidden.numel() * vocabulary, hidden.element_size())
@@ -139,7 +140,7 @@ class TritonPass(TilePass):
             return False
         fused_fwd(
             *(hidden, weight, chunk.bias, chunk.inv_temperature, chunk.targets, _vectors(stats), floor, columns),
-            *(options.logit_scale, options.softcap),
+            *(options.logit_scale, options.softcap, options.wide),
         )
         return True
 
@@ -147,6 +148,25 @@ class TritonPass(TilePass):
         _tile_bwd(tile, grads, inverse, options)
         if row_sum is not None:
             torch.sum(tile.z, 1, dtype=row_sum.dtype, out=row_sum)
+
+    def slopes(
+        self,
+        tile: Tile,
+        grads: RowGrads,
+        inverse: _Optional,
+        row_sum: _Optional,
+        options: Options,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        if tile.z.dtype == dtype:
+            return super().slopes(tile, grads, inverse, row_sum, options, dtype)
+        # Rounded where it is made: in place and then copied would be 14 bytes an entry, not 6.
+        n, c = tile.z.shape
+        out = tile_view(tile.z.new_empty(n * (c + -c % self.align), dtype=dtype), n, c, self.align)
+        _tile_bwd(tile, grads, inverse, options, out=out)
+        if row_sum is not None:
+            torch.sum(out, 1, dtype=row_sum.dtype, out=row_sum)
+        return out
 
     def logits_gradient(self, tile: Tile, counted: torch.Tensor, grads: RowGrads, options: Options) -> torch.Tensor:
         z = tile.z if tile.z.stride(-1) == 1 else tile.z.contiguous()

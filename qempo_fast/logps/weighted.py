@@ -47,6 +47,7 @@ def weighted_logps(
     grad: str = "auto",
     tau: float | None = None,
     process_group: ProcessGroup | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> WeightedLogps:
     """The weighted sum of log-probs whose weights are known: its gradient is made in the same pass, and kept.
@@ -63,7 +64,7 @@ def weighted_logps(
         coef: (...) float, shaped like targets; differentiable, as a factor. Where targets are ignore_index it may be
             anything.
         coef_entropy: the same of the entropies, or None.
-        bias, temperature, logit_scale, softcap, ignore_index, process_group, backend: as linear_logps.
+        bias, temperature, logit_scale, softcap, ignore_index, process_group, logits_dtype, backend: as linear_logps.
         entropy: return the entropy; it is returned with coef_entropy in any case.
         grad, tau: as linear_logps. Without tau, the threshold is chosen for each block of up to 1024 rows, for the
             gradient of this loss.
@@ -82,7 +83,7 @@ def weighted_logps(
     sums = entropy or coef_entropy is not None
     call = prepared(
         *(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, sums, False),
-        *(grad, tau, process_group, backend, also),
+        *(grad, tau, process_group, logits_dtype, backend, also),
     )
     acc = accumulator(call.hidden.dtype)
     flat = [None if x is None else x.reshape(-1).to(acc) for x in (coef, coef_entropy)]
@@ -115,7 +116,7 @@ def _traced(weights: _Weights) -> tuple[torch.Tensor, torch.Tensor, _Optional]:
     loss, logps, h, *_ = weighted_op.op(
         *(hidden, weight, bias, targets, inv_temperature, coef, coef_entropy, seed() if options.sampled else None),
         *map(scalar, (options.logit_scale, options.softcap, options.tau, options.error)),
-        *(ignore_index, options.entropy, *map(wants_gradient, (hidden, weight, bias)), name),
+        *(ignore_index, options.entropy, options.wide, *map(wants_gradient, (hidden, weight, bias)), name),
     )
     return loss, logps, h if options.entropy else None
 

@@ -35,6 +35,7 @@ def weighted_logps(
     error: torch.Tensor | None,
     ignore_index: int,
     entropy: bool,
+    wide: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -43,13 +44,13 @@ def weighted_logps(
     """loss (), logps, entropy, and the fields of Weighted after them; what is not there is empty."""
     coefficients = {"coef": coef, "coef_entropy": coef_entropy}
     check_rows("hidden", hidden, targets, inv_temperature, coefficients)
-    check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias, wide)
     vocabulary = weight.shape[0]
     check_values(targets, vocabulary, inv_temperature, ignore_index)
     if seed is not None:
         _check.tensor("seed", seed, dtypes=(torch.int64,), shape=())
     drawn = 0 if seed is None else int(seed)
-    options = options_of(logit_scale, softcap, tau, error, entropy or coef_entropy is not None, False, drawn)
+    options = options_of(logit_scale, softcap, tau, error, entropy or coef_entropy is not None, False, drawn, wide=wide)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     made = weighted(
         *(tiles, (hidden, weight, bias), targets, inv_temperature, (coef, coef_entropy), ignore_index),
@@ -61,8 +62,8 @@ def weighted_logps(
 @weighted_logps.register_fake
 def _(
     hidden: Any, weight: Any, bias: Any, targets: Any, inv_temperature: Any, coef: Any, coef_entropy: Any, seed: Any,
-    logit_scale: Any, softcap: Any, tau: Any, error: Any, ignore_index: int, entropy: bool, need_hidden: bool,
-    need_weight: bool, need_bias: bool, backend: str,
+    logit_scale: Any, softcap: Any, tau: Any, error: Any, ignore_index: int, entropy: bool, wide: bool,
+    need_hidden: bool, need_weight: bool, need_bias: bool, backend: str,
 ) -> Any:  # fmt: skip
     n, acc, kind = hidden.shape[0], accumulator(hidden.dtype), slopes_dtype(hidden.dtype)
     if tau is not None or error is not None:
@@ -88,7 +89,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Any, *_: Any) -> tuple[Any, ...]:
     *inputs, logps, entropy, dh, dw, db, unit = ctx.saved_tensors
     if grad is None:
-        return (None,) * 18
+        return (None,) * 19
     needs, factor = ctx.needs_input_grad, grad * unit if unit.ndim == 0 else grad
     grads = [
         (made * factor).to(x.dtype) if need else None
@@ -97,7 +98,7 @@ def _backward(ctx: Any, grad: Any, *_: Any) -> tuple[Any, ...]:
     with torch.no_grad():
         grads += of_coefficients(grad, (logps, entropy), (needs[5], needs[6]))
     done = once("weighted_logps", grads, (grad, *inputs))
-    return *done[:3], None, None, *done[3:], *[None] * 11
+    return *done[:3], None, None, *done[3:], *[None] * 12
 
 
 op = differentiable(weighted_logps, _setup, _backward)

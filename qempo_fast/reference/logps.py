@@ -109,12 +109,17 @@ def linear_logps(
     ignore_index: int = -100,
     entropy: bool = False,
     sum_sq: bool = False,
+    logits_dtype: torch.dtype | None = None,
 ) -> TokenLogps:
     """log softmax(z) at targets.
 
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature; entropy is -sum_j p_j log p_j,
-    sum_sq is log sum_j p_j^2 (detached). Half precision: logits in that dtype, as a model gives them, then float32.
+    sum_sq is log sum_j p_j^2 (detached). Half precision: logits in that dtype, as a model gives them, then float32; or
+    of float32 products with logits_dtype=torch.float32.
     """
+    if logits_dtype is not None:
+        hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)
+        bias = None if bias is None else bias.to(logits_dtype)
     raw = torch.nn.functional.linear(hidden, weight, bias)
     if raw.dtype in (torch.float16, torch.bfloat16):
         raw = raw.float()

@@ -14,7 +14,7 @@ import qempo_fast as qf
 from qempo_fast import metrics, packing
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SETTINGS = ("backend", "grad", "tau")
+_SETTINGS = ("backend", "grad", "tau", "logits_dtype")
 
 
 class Draw:
@@ -97,6 +97,8 @@ def _head(d: Draw, *rows: int) -> dict[str, Any]:
     if x["grad"] == "sampled":
         x["tau"] = d.of(None, 0.05)
     x["backend"] = d.of(None, None, None, "cpu", "reference")
+    if d.dtype != torch.float64 and d.of(True, False, False):
+        x["logits_dtype"] = torch.float32
     return x
 
 

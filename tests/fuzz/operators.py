@@ -102,6 +102,7 @@ def _linear(seed: int) -> dict[str, Any]:
         "tau": d.of(None, 0.05),
         "error": None,
         "slopes": d.of(True, False),
+        "wide": d.dtype.itemsize == 2 and d.of(True, False),
         "chunk": 1024,
         "backend": "cpu",
     }
