@@ -4,10 +4,12 @@ from .from_logits import logps_from_logits
 from .linear import SequenceLogps, TokenLogps, linear_logps, sequence_logps
 from .segments import segment_sum
 from .stats import LogpsStats, last_stats
+from .support import Support
 
 __all__ = [
     "LogpsStats",
     "SequenceLogps",
+    "Support",
     "TokenLogps",
     "last_stats",
     "linear_logps",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +13,12 @@ from torch.distributed import ProcessGroup
 from .. import _backends, _check
 from .._operator import scalar
 from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
-from . import _inputs, _sharded, op
+from . import _inputs, _sharded, _support_function, op
 from ._function import LinearLogps, live_rows
 from ._options import ERROR, Options, accumulator, logits_budget
 from .segments import summed
+from .support import Support
+from .support import check as check_support
 
 
 class _Call(NamedTuple):
@@ -45,6 +49,7 @@ def linear_logps(
     grad: str = "auto",
     tau: float | None = None,
     process_group: ProcessGroup | None = None,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> TokenLogps:
     """Log-probs of target tokens straight from hidden states and the output head; the logits are never kept.
@@ -75,6 +80,8 @@ def linear_logps(
             2^-9 of the norm of hidden's gradient (float16 2^-12, else 2^-7), with entropy of each of both.
         process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
             all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
+        support: kept tokens of each position: softmax, entropy and sum_sq are over them alone, with an exact gradient
+            and without the other logits (docs/support.md). A counted target has to be in its set.
         backend: "cpu", "reference", ... (see backends()); None chooses.
 
     Returns:
@@ -91,18 +98,28 @@ def linear_logps(
         _check.gradient(grad, tau)
         _check.boolean("entropy", entropy)
         _check.boolean("sum_sq", sum_sq)
+        if support is not None:
+            check_support(support, targets.numel(), hidden.device)
+            if grad == "sampled" or tau is not None:
+                _check.bad_value(
+                    "support", "None where the gradient is sampled (kept sets leave nothing to drop)", grad
+                )
         inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(hidden.dtype))
         name = _backends.choose("linear_logps", hidden.device, backend)
     cap = None if softcap is None else float(softcap)
     options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group)
-    options = _sampling(options, grad, tau, hidden, weight, bias)
-    run = _traced if process_group is None and _check.traced(hidden) else _eager
+    run: Callable[..., Any] = _traced if process_group is None and _check.traced(hidden) else _eager
+    if support is None:
+        options = _sampling(options, grad, tau, hidden, weight, bias)
+    else:
+        run = partial(_support_function.traced if run is _traced else _support_function.eager, support)
     if process_group is not None and torch.compiler.is_compiling():
         # Collectives and the sizes of the shards stay out of the graph: it breaks here, or fullgraph=True says so.
-        run = torch.compiler.disable(_eager)
+        run = torch.compiler.disable(run)
     flat = targets.reshape(-1).long()
     rows = hidden.reshape(-1, hidden.shape[-1])
-    logps, h, ss = run(_Call(rows, weight, bias, flat, inv_temperature, ignore_index, options, name))
+    call = _Call(rows, weight, bias, flat, inv_temperature, ignore_index, options, name)
+    logps, h, ss = run(call) if support is None else run(*call)
     return TokenLogps(logps.reshape(targets.shape), _inputs.shaped(h, targets), _inputs.shaped(ss, targets))
 
 
