@@ -26,6 +26,7 @@ CONTENTS = {
         "Understand it": [
             *("glossary", "Equations <equations>", "Every optimum <science>", "Log-probs <linear_logps>"),
             *(
+                "Kept sets <support>",
                 "linear_logps_gpu",
                 "DPP <dpp>",
                 "dpp_gpu",

@@ -109,7 +109,9 @@ def test_blocks_of_the_readme() -> None:
     assert float(space["constraint"].lam) == pytest.approx(space["ceiling"])
 
 
-@pytest.mark.parametrize("page", [DOCS / "linear_logps.md", DOCS / "dpp.md", DOCS / "science.md"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [DOCS / f"{n}.md" for n in ("linear_logps", "support", "dpp", "science")], ids=lambda p: p.stem
+)
 def test_blocks_that_need_nothing(page: Path) -> None:
     assert any("assert" in source for *_, source in blocks(page))
     run_page(page)

@@ -20,7 +20,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 class CpuRagged(RaggedPass):
     """Same contract as RaggedPass; products of float16, which _C lacks, are those of plain torch."""
 
-    product_cost = 12.0
+    # A row of the weight is read once for all rows of a block that keep it: where a quarter of them did, 2.4 to 4.3.
+    product_cost = 2.0
 
     def cost(self, hidden: torch.Tensor) -> float:
         return self.product_cost if hidden.dtype in _DTYPES else super().cost(hidden)

@@ -107,28 +107,36 @@ def plan(entries: Entries, hidden: torch.Tensor, vocabulary: int, backend: Backe
 
 
 class _Tile(NamedTuple):
-    """Columns of a GEMM: the weight's rows w, which they are, and of each entry whether and where it has one."""
+    """Columns of a GEMM: the weight's rows w, and which they are; the entries that it has, their rows and columns."""
 
     w: torch.Tensor
     at: slice | torch.Tensor
-    inside: torch.Tensor
-    place: torch.Tensor
+    entries: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
 
 
 def _tiles(part: Rows, weight: torch.Tensor, backend: Backend, hidden: torch.Tensor) -> Iterator[_Tile]:
-    size, ids = backend.tiles.sizes(True, hidden), part.entries.ids
-    columns = part.columns
-    place = ids if columns is None else torch.searchsorted(columns, ids)
-    for a in range(0, len(weight) if columns is None else len(columns), size.kept_columns):
+    step, columns = backend.tiles.sizes(True, hidden).kept_columns, part.columns
+    place = part.entries.ids if columns is None else torch.searchsorted(columns, part.entries.ids)
+    count = len(weight) if columns is None else len(columns)
+    # Entries by tile, once: to look at all of them in each tile took as long as its GEMM.
+    tile_of, order = (place // step).sort(stable=True)
+    starts = list(range(0, count, step))
+    ends = torch.arange(1, len(starts) + 1, device=place.device, dtype=torch.int64)
+    first = 0
+    for a, last in zip(starts, torch.searchsorted(tile_of, ends).tolist(), strict=True):
         at: slice | torch.Tensor
         if columns is None:
-            at = slice(a, min(a + size.kept_columns, len(weight)))
-            w, count = weight[at], at.stop - a
+            at = slice(a, min(a + step, count))
+            w = weight[at]
         else:
-            at = columns[a : a + size.kept_columns]
-            w, count = weight.new_empty(len(at) + -len(at) % PAD, weight.shape[1]), len(at)
+            at = columns[a : a + step]
+            w = weight.new_empty(len(at) + -len(at) % PAD, weight.shape[1])
             backend.tiles.gather(weight, at, w)
-        yield _Tile(w, at, (place >= a) & (place < a + count), (place - a).clamp(0, count - 1))
+        entries = order[first:last]
+        yield _Tile(w, at, entries, part.entries.rows[entries], place[entries] - a)
+        first = last
 
 
 def scores(head: HeadTensors, entries: Entries, backend: Backend) -> torch.Tensor:
@@ -142,7 +150,7 @@ def scores(head: HeadTensors, entries: Entries, backend: Backend) -> torch.Tenso
         else:
             z = out.new_zeros(len(part.entries.ids))
             for tile in _tiles(part, weight, backend, h):
-                z = torch.where(tile.inside, linear(h, tile.w)[part.entries.rows, tile.place].to(z.dtype), z)
+                z[tile.entries] = linear(h, tile.w)[tile.rows, tile.columns].to(z.dtype)
         if part.at is None:
             out = z
         else:
@@ -188,15 +196,11 @@ def _tile_products(
     """dhidden of these rows; their part of dweight goes to dw."""
     dh = torch.zeros(h.shape, dtype=dz.dtype, device=dz.device)
     for tile in _tiles(part, weight, backend, h):
-        width = len(tile.w)
-        # Entries of other tiles go to a place of their own: to pick this one's by a mask is to read their number.
-        flat = h.new_zeros(len(h) * width + 1)
-        to = torch.where(tile.inside, part.entries.rows * width + tile.place, len(h) * width)
-        flat.scatter_(0, to, dz.to(h.dtype))
-        dense_ = flat[:-1].view(len(h), width)
-        add_product(dh, dense_, tile.w.t())
+        filled = h.new_zeros(len(h), len(tile.w))
+        filled.view(-1).scatter_(0, tile.rows * len(tile.w) + tile.columns, dz[tile.entries].to(h.dtype))
+        add_product(dh, filled, tile.w.t())
         if dw is not None:
-            dw.add(tile.at, dense_.t(), h.t())
+            dw.add(tile.at, filled.t(), h.t())
     return dh
 
 
