@@ -32,6 +32,7 @@ CONTENTS = {
                 "Known weights <weighted_logps>",
             ),
             *(
+                "Kept sets <support>",
                 "linear_logps_gpu",
                 "DPP <dpp>",
                 "dpp_gpu",

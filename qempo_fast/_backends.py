@@ -47,6 +47,7 @@ def _loss(reference: Callable[..., Any], policy: int = 1) -> Op:
 OPS = {
     "linear_logps": Op("logps", ("triton", "cpu")),
     "logps_from_logits": Op("logps", ("triton", "cpu")),
+    "support_logps": Op("logps", ("triton", "cpu")),
     "segment_sum": Op("logps", ("triton", "cpu"), segments.segment_sum),
     "dpp": Op("dpp", ("cuda", "triton", "cpu"), dpp.dpp_fwd),
     "dpp_select": Op("dpp", ("cuda", "triton", "cpu"), dpp.dpp_select),

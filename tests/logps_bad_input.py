@@ -41,6 +41,17 @@ def segments(values: Any, cu_seqlens: Any) -> tuple[Any, tuple[Any, ...], dict[s
     return qf.segment_sum, (values, cu_seqlens), {}
 
 
+def kept(
+    ids: Any = (0, 1, 2, 3), offsets: Any = (0, 1, 2, 3, 4), **changes: Any
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    made = [x if isinstance(x, torch.Tensor) else torch.tensor(x) for x in (ids, offsets)]
+    return head(support=qf.Support(*made), **changes)
+
+
+def sets(*args: Any, **keywords: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    return qf.Support.from_logits, args or (torch.ones(2, 5),), keywords
+
+
 ROWS: list[Row] = [
     ("hidden is a list", lambda: head(hidden=[1.0, 2.0]), TypeError, "^hidden: wanted a tensor, got list"),
     (
@@ -198,5 +209,63 @@ ROWS: list[Row] = [
         lambda: segments(torch.ones(4), torch.tensor([0, 5])),
         ValueError,
         "^cu_seqlens: ",
+    ),
+    (
+        "support a tuple",
+        lambda: head(support=(torch.arange(4), torch.arange(5))),
+        TypeError,
+        "^support: wanted a qempo",
+    ),
+    (
+        "support of other positions",
+        lambda: kept(offsets=(0, 2, 4)),
+        ValueError,
+        r"^support.offsets: wanted shape \(5\)",
+    ),
+    ("support of float ids", lambda: kept(ids=torch.ones(4)), TypeError, "^support.ids: wanted int32"),
+    ("support falls", lambda: kept(offsets=(0, 2, 1, 3, 4)), ValueError, "^support.offsets: .*never fall"),
+    ("support ends early", lambda: kept(offsets=(0, 1, 2, 3, 3)), ValueError, "^support.offsets: .*0 to 4"),
+    (
+        "support past V",
+        lambda: kept(ids=(0, 1, 2, 3, 7), offsets=(0, 1, 2, 3, 5)),
+        ValueError,
+        r"^support: wanted ids in \[0, 7\), got 7",
+    ),
+    ("support below 0", lambda: kept(ids=(0, 1, 2, 3, -1), offsets=(0, 1, 2, 3, 5)), ValueError, "^support: .*got -1"),
+    (
+        "a token twice",
+        lambda: kept(ids=(0, 5, 0, 1, 2, 3), offsets=(0, 3, 4, 5, 6)),
+        ValueError,
+        "^support: wanted no token twice",
+    ),
+    ("target not in its set", lambda: kept(ids=(0, 1, 5, 3)), ValueError, "^targets: .*support, got 2 at position 2"),
+    (
+        "counted target, empty set",
+        lambda: kept(ids=(0, 1, 3), offsets=(0, 1, 2, 2, 3)),
+        ValueError,
+        "^targets: .*got 2",
+    ),
+    ("support, sampled", lambda: kept(grad="sampled"), ValueError, "^support: wanted None where .*sampled"),
+    ("support with tau", lambda: kept(tau=0.1), ValueError, "^support: wanted None where .*sampled"),
+    (
+        "support of logits, target not in its set",
+        lambda: logits(torch.arange(4), support=qf.Support(torch.tensor([0, 1, 2, 2]), torch.arange(5))),
+        ValueError,
+        "^targets: .*got 3 at position 3",
+    ),
+    ("top_p 0", lambda: sets(top_p=0.0), ValueError, "^top_p: "),
+    ("top_k a float", lambda: sets(top_k=2.0), TypeError, "^top_k: "),
+    ("top_k -1", lambda: sets(top_k=-1), ValueError, "^top_k: "),
+    ("min_p 2", lambda: sets(min_p=2.0), ValueError, "^min_p: "),
+    ("temperature of a sampler 0", lambda: sets(temperature=0.0), ValueError, "^temperature: "),
+    ("sets of integers", lambda: sets(torch.ones(2, 5).long()), TypeError, "^logits: "),
+    ("mask of floats", lambda: (qf.Support.from_mask, (torch.ones(2, 5),), {}), TypeError, "^mask: "),
+    ("lists of floats", lambda: (qf.Support.from_lists, ([[1.0]],), {}), TypeError, "^lists: "),
+    ("cat of nothing", lambda: (qf.Support.cat, ([],), {}), ValueError, "^parts: "),
+    (
+        "spread over other entries",
+        lambda: (qf.Support.from_lists([[1]]).spread, (torch.tensor([True, True]),), {}),
+        ValueError,
+        "^where: wanted 1 entries",
     ),
 ]

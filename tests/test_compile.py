@@ -94,6 +94,16 @@ def sequences(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, cu: torch.Tenso
     return (out.logps * out.lengths).sum() + out.entropy.sum()
 
 
+def over_sets(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    support = qf.Support(ids, ends)
+    return scored(qf.linear_logps(h, w, t, support=support, entropy=True, softcap=5.0, temperature=0.8))
+
+
+def kept(targets: torch.Tensor) -> Tensors:
+    """ids and offsets of sets that hold the target and two tokens more."""
+    return tuple(qf.Support.from_lists([sorted({max(t, 0), 0, 7}) for t in targets.tolist()]))
+
+
 RAGGED = torch.tensor([0, 2, 5, 9])
 CU = torch.tensor([0, 3, 3, 40, 60])
 OPS: dict[str, tuple[Callable[..., torch.Tensor], Tensors]] = {
@@ -134,6 +144,11 @@ OPS: dict[str, tuple[Callable[..., torch.Tensor], Tensors]] = {
         lambda z, t, u: scored(qf.logps_from_logits(z, t, entropy=True, temperature=u.detach().exp())),
         (draw(13, 29), tokens(13, 29), draw(13, seed=1)),
     ),
+    "head, kept sets": (over_sets, (draw(37, 8), draw(101, 8, seed=1), tokens(37, 101), *kept(tokens(37, 101)))),
+    "logits, kept sets": (
+        lambda z, t, i, o: scored(qf.logps_from_logits(z, t, support=qf.Support(i, o), entropy=True)),
+        (draw(13, 29), tokens(13, 29), *kept(tokens(13, 29))),
+    ),
     "segment_sum, an empty segment": (lambda v, cu: qf.segment_sum(v, cu).square().sum(), (draw(60), CU)),
     "weighted_sequence_logps": (
         lambda h, w, t, cu: qf.weighted_sequence_logps(h, w, t, cu, torch.ones(len(cu) - 1), average=True).loss,
@@ -142,7 +157,13 @@ OPS: dict[str, tuple[Callable[..., torch.Tensor], Tensors]] = {
     "sequence_logps": (sequences, (draw(60, 8), draw(31, 8, seed=1), tokens(60, 31), CU)),
 }
 # Inductor builds C++ for each graph: one of each op.
-INDUCTOR = ["dpp, ragged and quality", "head, sampled, entropy", "logits", "segment_sum, an empty segment"]
+INDUCTOR = [
+    "dpp, ragged and quality",
+    "head, sampled, entropy",
+    "head, kept sets",
+    "logits",
+    "segment_sum, an empty segment",
+]
 
 
 @pytest.mark.parametrize(("name", "backend"), [(n, "aot_eager") for n in OPS] + [(n, "inductor") for n in INDUCTOR])
@@ -244,6 +265,28 @@ CHECKED = {
     "logps_from_logits": lambda: Op(
         torch.ops.qempo_fast.logps_from_logits_fwd, (grad(9, 31), tokens(9, 31), None, -100, True, "cpu")
     ),
+    "support_logps": lambda: Op(
+        torch.ops.qempo_fast.support_logps_fwd,
+        (
+            grad(9, 4),
+            grad(31, 4),
+            grad(31),
+            *kept(tokens(9, 31)),
+            tokens(9, 31),
+            None,
+            scalar(1.0),
+            None,
+            -100,
+            True,
+            True,
+            False,
+            "cpu",
+        ),
+    ),
+    "support_from_logits": lambda: Op(
+        torch.ops.qempo_fast.support_from_logits_fwd,
+        (grad(9, 31), *kept(tokens(9, 31)), tokens(9, 31), None, -100, True, "cpu"),
+    ),
     "segment_sum": lambda: Op(torch.ops.qempo_fast.segment_sum, (grad(60), CU, "reference")),
     "values": lambda: Op(torch.ops.qempo_fast.values, ("rewards", draw(4), "finite")),
     "groups": lambda: Op(torch.ops.qempo_fast.groups, (9, RAGGED, 2, None)),
@@ -270,6 +313,11 @@ ERRORS: dict[str, tuple[Callable[..., Any], Tensors, str]] = {
         qf.linear_logps,
         (draw(3, 4), draw(5, 4), torch.tensor([0, 5, 1])),
         r"targets: wanted tokens in \[0, 5",
+    ),
+    "targets out of their sets": (
+        lambda h, w, t: qf.linear_logps(h, w, t, support=qf.Support.from_lists([[0], [1], [2, 3]])),
+        (draw(3, 4), draw(5, 4), torch.tensor([0, 1, 4])),
+        "targets: wanted tokens of their sets in support, got 4 at position 2",
     ),
     "targets of logits": (qf.logps_from_logits, (draw(3, 5), torch.tensor([0, -1, 1])), "targets: wanted .*got -1"),
     "temperature": (

@@ -110,7 +110,9 @@ def test_blocks_of_the_readme() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [DOCS / f"{name}.md" for name in ("linear_logps", "weighted_logps", "dpp", "science")], ids=lambda p: p.stem
+    "page",
+    [DOCS / f"{n}.md" for n in ("linear_logps", "support", "weighted_logps", "dpp", "science")],
+    ids=lambda p: p.stem,
 )
 def test_blocks_that_need_nothing(page: Path) -> None:
     assert any("assert" in source for *_, source in blocks(page))

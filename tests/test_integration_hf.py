@@ -73,6 +73,34 @@ def test_packed_rows_are_the_separate_rows(name: str, attention: str) -> None:
     torch.testing.assert_close(sums, torch.stack([a.logps.sum() for a in apart]), rtol=1e-5, atol=1e-4)
 
 
+def test_kept_sets_follow_their_labels() -> None:
+    """A set for each label, as spread() lines them up; shifted with the labels, or not with shift_labels."""
+    ids, mask, labels = rows()
+    model = tiny("gemma2")
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    answers = labels[labels != -100]
+    lists = [sorted({int(t), 7, 50}) for t in answers]
+    support = qf.Support.from_lists(lists)
+    keep = torch.zeros(len(lists), 211, dtype=torch.bool)
+    for row, kept in zip(keep, lists, strict=True):
+        row[kept] = True
+    z = logits[:, :-1][labels[:, 1:] != -100].masked_fill(~keep, -torch.inf)
+    wanted = z.log_softmax(-1)[torch.arange(len(answers)), answers]
+    with fused_forward(model):
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, support=support.spread(labels != -100))
+        torch.testing.assert_close(out.logps[labels != -100], wanted, rtol=1e-4, atol=1e-4)
+        moved = support.spread(shifted != -100)
+        out = model(input_ids=ids, attention_mask=mask, shift_labels=shifted, support=moved)
+        torch.testing.assert_close(out.logps[shifted != -100], wanted, rtol=1e-4, atol=1e-4)
+        for given, words in (
+            ({"labels": labels, "support": support}, "one for each label"),
+            ({"support": moved}, "labels"),
+        ):
+            with pytest.raises(ValueError, match=f"^support: .*{words}"):
+                model(input_ids=ids, attention_mask=mask, **given)
+
+
 def varlen_attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **kw: Any) -> Any:
     """What flash-attn's varlen kernels compute, from the arguments that they get."""
     assert mask is None

@@ -21,6 +21,7 @@ from gpu.steps import ROOT, Child, Run, Settings
 TESTS: dict[str, str] = {
     "test_kernels": "segment_sum",
     "test_logps_triton": "",
+    "test_logps_support_triton": "",
     "test_logps_tiles": "",
     "test_dpp_triton": "",
     "test_losses_triton": "",

@@ -24,6 +24,7 @@ Head = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 ENGLISH = "SmolLM2-135M English text"
 SAMPLED = "SmolLM2-135M sampled completions"
+NUCLEUS = "SmolLM2-135M completions at top_p 0.95"
 TRAINED = "SmolLM2-135M completions after GRPO+DQO"
 # Tokens that the cache holds of each.
 KEPT = 2048
@@ -72,14 +73,14 @@ def _english(n: int) -> Head:
     return torch.cat(hidden), model.lm_head.weight, ids[1:]
 
 
-def _sampled(n: int) -> Head:
+def _sampled(n: int, top_p: float = 1.0) -> Head:
     """n tokens that the model itself drew at temperature 1, 64 after each of n / 64 openings of English text."""
     rows, length = n // 64, 64
     model, tokenizer = smollm2()
     prompt = english(tokenizer, rows * 16).view(rows, 16)
     torch.manual_seed(0)
     ids = model.eval().generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, top_p=top_p, temperature=1.0,
         min_new_tokens=length, max_new_tokens=length, pad_token_id=0,
     )  # fmt: skip
     hidden = [model.model(part).last_hidden_state[:, 15:-1].flatten(0, 1) for part in ids.split(8)]
@@ -111,7 +112,7 @@ def _trained(n: int) -> Head:
     return hidden, model.head, targets
 
 
-_MAKERS = {ENGLISH: _english, SAMPLED: _sampled, TRAINED: _trained}
+_MAKERS = {ENGLISH: _english, SAMPLED: _sampled, NUCLEUS: functools.partial(_sampled, top_p=0.95), TRAINED: _trained}
 
 
 @functools.lru_cache(maxsize=len(_MAKERS))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-OPS = ("logps", "dpp", "losses", "step")
+OPS = ("logps", "support", "dpp", "losses", "step")
 
 
 def load(op: str) -> ModuleType:

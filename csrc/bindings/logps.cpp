@@ -39,6 +39,65 @@ void logps_bwd(int dtype, Address z, int64_t ld, int64_t n, int64_t c, Maybe bia
   logps_kernels().backward.with(dtype, run);
 }
 
+// logps_fwd and logps_bwd of n ragged rows, each with at most c of the entries of z: float32, or float64.
+void ragged_fwd(bool f64, Address z, Address offsets, int64_t n, int64_t c, Maybe inv_temperature, double scale,
+                double softcap, Address targets, Address max, Address sum, Maybe sum_z, Maybe sum_sq, Address target,
+                int threads) {
+  const Tile tile{at<void>(z), 0, n, c, 0, at<const int64_t>(offsets)};
+  auto run = [&](auto as, auto kernel) {
+    using A = decltype(as);
+    const RowStats<A> rows{at<A>(max), at<A>(sum), at<A>(sum_z), at<A>(sum_sq), at<A>(target), nullptr};
+    kernel(tile, head_of<A>({}, inv_temperature, scale, softcap), at<const int64_t>(targets), rows,
+           static_cast<A*>(nullptr), 0, threads);
+  };
+  logps_kernels().forward.with(static_cast<int>(f64 ? Dtype::f64 : Dtype::f32), run);
+}
+
+void ragged_bwd(bool f64, Address z, Address offsets, int64_t n, int64_t c, Maybe inv_temperature, double scale,
+                double softcap, Address lse, Address grad, Maybe grad_h, Maybe entropy, Address target, int threads) {
+  const Tile tile{at<void>(z), 0, n, c, 0, at<const int64_t>(offsets)};
+  auto run = [&](auto as, auto kernel) {
+    using A = decltype(as);
+    const RowGrads<A> rows{at<const A>(lse),
+                           at<const A>(grad),
+                           at<const A>(grad_h),
+                           at<const A>(entropy),
+                           nullptr,
+                           at<const int64_t>(target),
+                           nullptr};
+    kernel(tile, head_of<A>({}, inv_temperature, scale, softcap), rows, threads);
+  };
+  logps_kernels().backward.with(static_cast<int>(f64 ? Dtype::f64 : Dtype::f32), run);
+}
+
+KeptTokens kept(Address ids, Address offsets, int64_t n, int64_t d, int64_t v) {
+  return {at<const int64_t>(ids), at<const int64_t>(offsets), n, d, v};
+}
+
+void kept_dots(int dtype, Address ids, Address offsets, int64_t n, int64_t d, int64_t v, Address hidden, Address weight,
+               Address z, int threads) {
+  support_kernels().dots.with(dtype, [&](auto as, auto kernel) {
+    kernel(kept(ids, offsets, n, d, v), at<const void>(hidden), at<const void>(weight), at<decltype(as)>(z), threads);
+  });
+}
+
+void kept_to_hidden(int dtype, Address ids, Address offsets, int64_t n, int64_t d, int64_t v, Address dz,
+                    Address weight, Address out, int threads) {
+  support_kernels().to_hidden.with(dtype, [&](auto as, auto kernel) {
+    using A = decltype(as);
+    kernel(kept(ids, offsets, n, d, v), at<const A>(dz), at<const void>(weight), at<A>(out), threads);
+  });
+}
+
+void kept_to_weight(int dtype, Address ids, Address offsets, int64_t n, int64_t d, int64_t v, Address dz,
+                    Address hidden, Address total, Address seen, int threads) {
+  support_kernels().to_weight.with(dtype, [&](auto as, auto kernel) {
+    using A = decltype(as);
+    kernel(kept(ids, offsets, n, d, v), at<const A>(dz), at<const void>(hidden), at<A>(total), at<uint8_t>(seen),
+           threads);
+  });
+}
+
 std::pair<int64_t, double> logps_select(bool f64, Address statistic, int64_t copies, int64_t vocabulary, double tau,
                                         double entropy, Address forced, uint64_t seed, int64_t chunk,
                                         int64_t first_column, Address kept, Address inverse, int threads) {
@@ -66,6 +125,11 @@ bool segment_sum(bool f64, bool backward, Address from, int64_t n, Address offse
 void bind_logps(py::module_& m) {
   m.def("logps_fwd", &logps_fwd, release());
   m.def("logps_bwd", &logps_bwd, release());
+  m.def("ragged_fwd", &ragged_fwd, release());
+  m.def("ragged_bwd", &ragged_bwd, release());
+  m.def("kept_dots", &kept_dots, release());
+  m.def("kept_to_hidden", &kept_to_hidden, release());
+  m.def("kept_to_weight", &kept_to_weight, release());
   m.def("logps_select", &logps_select, release());
   m.def("segment_sum", &segment_sum, release());
 }

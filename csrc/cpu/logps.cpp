@@ -102,11 +102,12 @@ void forward(const Tile& tile, const Head<A>& head, const int64_t* targets, cons
     std::vector<A> scratch(std::is_same_v<S, A> && head.identity() ? 0 : tile.c);
     A* best = columns ? columns + thread * vocabulary + tile.v0 : nullptr;
     for (int64_t i = begin; i < end; ++i) {
-      const S* row = static_cast<const S*>(tile.z) + i * tile.ld;
-      const A* x = logits(row, tile.c, head, i, scratch.data());
-      add_row(x, tile.c, stats, i);
+      const S* row = static_cast<const S*>(tile.z) + tile.begin(i);
+      const int64_t c = tile.width(i);
+      const A* x = logits(row, c, head, i, scratch.data());
+      add_row(x, c, stats, i);
       const int64_t t = targets[i] - tile.v0;
-      if (t >= 0 && t < tile.c) stats.target[i] = x[t];
+      if (t >= 0 && t < c) stats.target[i] = x[t];
       if (!best) continue;
       A top = stats.max[i], log_sum = std::log(stats.sum[i]);
       if (log_sum != log_sum) {
@@ -148,8 +149,9 @@ void backward(const Tile& tile, const Head<A>& head, const RowGrads<A>& grads, i
   auto rows = [&](int, int64_t begin, int64_t end) {
     std::vector<A> scratch(tile.c), out(std::is_same_v<S, A> ? 0 : tile.c);
     for (int64_t i = begin; i < end; ++i) {
-      S* row = static_cast<S*>(tile.z) + i * tile.ld;
-      const A* x = logits(row, tile.c, head, i, scratch.data());
+      S* row = static_cast<S*>(tile.z) + tile.begin(i);
+      const int64_t c = tile.width(i);
+      const A* x = logits(row, c, head, i, scratch.data());
       const A inv_t = head.inv_temperature ? head.inv_temperature[i] : A(1), chain = head.scale * inv_t;
       A* d;
       if constexpr (std::is_same_v<S, A>)
@@ -159,7 +161,7 @@ void backward(const Tile& tile, const Head<A>& head, const RowGrads<A>& grads, i
       // The target's entry is g (1 - p) - ...: expm1 keeps the digits that 1 - p loses as p nears 1, and it is
       // computed before the row is overwritten.
       const int64_t t = grads.target[i];
-      const bool here = t >= 0 && t < tile.c;
+      const bool here = t >= 0 && t < c;
       A target = 0, zt = 0;
       if (here) {
         const A lp = (x[t] - grads.lse[2 * i]) - grads.lse[2 * i + 1];
@@ -175,29 +177,29 @@ void backward(const Tile& tile, const Head<A>& head, const RowGrads<A>& grads, i
         if (here) target *= A(1) - (zt * k) * (zt * k);
         A* slope = scratch.data();  // x is scratch here: a capped head is never the identity
         if (grads.grad_h)
-          row_grad<true>(d, x, tile.c, grads, i, chain);
+          row_grad<true>(d, x, c, grads, i, chain);
         else
-          row_grad<false>(d, x, tile.c, grads, i, chain);
+          row_grad<false>(d, x, c, grads, i, chain);
 #pragma omp simd
-        for (int64_t j = 0; j < tile.c; ++j) d[j] *= A(1) - (slope[j] * k) * (slope[j] * k);
+        for (int64_t j = 0; j < c; ++j) d[j] *= A(1) - (slope[j] * k) * (slope[j] * k);
       } else if (grads.grad_h) {
-        row_grad<true>(d, x, tile.c, grads, i, chain);
+        row_grad<true>(d, x, c, grads, i, chain);
       } else {
-        row_grad<false>(d, x, tile.c, grads, i, chain);
+        row_grad<false>(d, x, c, grads, i, chain);
       }
       if (grads.inverse) {
 #pragma omp simd
-        for (int64_t j = 0; j < tile.c; ++j) d[j] *= grads.inverse[j];
+        for (int64_t j = 0; j < c; ++j) d[j] *= grads.inverse[j];
       }
       if (here) d[t] = target;
       if constexpr (!std::is_same_v<S, A>) {
 #pragma omp simd
-        for (int64_t j = 0; j < tile.c; ++j) store(row + j, d[j]);
+        for (int64_t j = 0; j < c; ++j) store(row + j, d[j]);
       }
       if (grads.row_sum) {
         A sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < tile.c; ++j) sum += load<A>(row + j);
+        for (int64_t j = 0; j < c; ++j) sum += load<A>(row + j);
         grads.row_sum[i] = sum;
       }
     }

@@ -50,7 +50,8 @@ def scored(
 ) -> qf.TokenLogps:
     """linear_logps; of known coefficients with its gradient made already. shift: labels that the head leaves out."""
     coefficients = _coefficients.get()
-    if coefficients is None or not torch.is_grad_enabled():
+    # Kept sets have no logits to make a second time: nothing is gained there.
+    if coefficients is None or options.get("support") is not None or not torch.is_grad_enabled():
         return qf.linear_logps(hidden, weight, targets, **options)
     coefficients = coefficients.detach()
     if shift and coefficients.ndim == targets.ndim:

@@ -4,11 +4,13 @@ from .from_logits import logps_from_logits
 from .linear import SequenceLogps, TokenLogps, linear_logps, sequence_logps
 from .segments import segment_sum
 from .stats import LogpsStats, last_stats
+from .support import Support
 from .weighted import WeightedLogps, WeightedSequenceLogps, weighted_logps, weighted_sequence_logps
 
 __all__ = [
     "LogpsStats",
     "SequenceLogps",
+    "Support",
     "TokenLogps",
     "WeightedLogps",
     "WeightedSequenceLogps",

@@ -109,7 +109,7 @@ def shard_range(
     tokens = [(row[1], *row[-4:]) for row in table]
     if any(row != tokens[0] for row in tokens):
         rows = [row[0] for row in tokens]
-        got = f"rows {rows}" if len(set(rows)) > 1 else "other targets, temperatures or coefficients"
+        got = f"rows {rows}" if len(set(rows)) > 1 else "other targets, temperatures, coefficients or sets of support"
         same = "the same tokens on every rank of a vocabulary-parallel head (an FSDP head: call inside the forward of"
         _check.bad_value("targets", f"{same} the module that owns it, or pass {_WHOLE})", got)
     counts = [row[0] for row in table]

@@ -13,6 +13,7 @@ from .._door import tile as rows_of
 from . import _segment_sum
 from ._head import Draw, RowGrads, Tile
 from ._options import Options, TileSizes, accumulator
+from ._ragged_cpu import CpuRagged
 from ._row_stats import RowStats
 from ._tile_pass import RowSum, TilePass
 
@@ -194,6 +195,7 @@ class CpuPass(TilePass):
 
 
 linear_logps = logps_from_logits = CpuPass
+support_logps = CpuRagged
 
 
 def _segments(backward: bool, x: torch.Tensor, cu_seqlens: torch.Tensor, n: int) -> torch.Tensor:

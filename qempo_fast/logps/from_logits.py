@@ -6,9 +6,11 @@ import torch
 
 from .. import _backends, _check
 from ..reference.logps import TokenLogps
-from . import _inputs, op
+from . import _inputs, _support_function, op
 from ._logits import LogpsFromLogits
 from ._options import accumulator
+from .support import Support
+from .support import check as check_support
 
 
 def logps_from_logits(
@@ -18,6 +20,7 @@ def logps_from_logits(
     temperature: float | torch.Tensor = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
+    support: Support | None = None,
     backend: str | None = None,
 ) -> TokenLogps:
     """Log-probs of target tokens from logits that exist already, in one pass forward and one backward.
@@ -30,6 +33,7 @@ def logps_from_logits(
         temperature: a positive number, or a tensor of one entry or shaped like targets; not differentiable.
         ignore_index: rows with this target count nowhere: outputs and gradients are 0.
         entropy: ask for the entropy too; it is differentiable.
+        support: kept tokens of each position, as linear_logps takes them.
         backend: see backends(); None chooses.
 
     Returns:
@@ -44,10 +48,15 @@ def logps_from_logits(
     _check.tensor("targets", targets, dtypes=_check.INTS, shape=logits.shape[:-1], device=logits.device)
     _check.integer("ignore_index", ignore_index, low=-(2**63))
     _check.boolean("entropy", entropy)
+    if support is not None:
+        check_support(support, targets.numel(), logits.device)
     inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(logits.dtype))
     name = _backends.choose("logps_from_logits", logits.device, backend)
     rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
     counted = flat != ignore_index
+    if support is not None:
+        logps, h = _support_function.from_logits(support, rows, flat, inv_temperature, ignore_index, entropy, name)
+        return TokenLogps(logps.reshape(targets.shape), _inputs.shaped(h, targets), None)
     if _check.traced(logits):
         logps, h, _ = op.from_logits(rows, flat, inv_temperature, ignore_index, entropy, name)
         h = h.where(counted, 0.0) if entropy else None  # not h itself, as in linear.py

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from .. import _backends
+from .. import _backends, _check
 from .._operator import scalar
 from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
-from . import _inputs, _sharded, op
+from . import _inputs, _sharded, _support_function, op
 from ._call import Call, prepared, seed, wants_gradient
 from ._function import LinearLogps, live_rows
 from ._options import logits_budget
 from .segments import summed
+from .support import Support
+from .support import check as check_support
 
 
 def linear_logps(
@@ -33,6 +35,7 @@ def linear_logps(
     grad: str = "auto",
     tau: float | None = None,
     process_group: ProcessGroup | None = None,
+    support: Support | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> TokenLogps:
@@ -64,6 +67,8 @@ def linear_logps(
             2^-9 of the norm of hidden's gradient (float16 2^-12, else 2^-7), with entropy of each of both.
         process_group: weight is a vocabulary shard, ranks in vocabulary order, uneven sizes allowed. Each rank gets
             all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
+        support: kept tokens of each position: softmax, entropy and sum_sq are over them alone, with an exact gradient
+            and without the other logits (docs/support.md). A counted target has to be in its set.
         logits_dtype: torch.float32 keeps half precision's logits in float32 until the softmax, forward and backward;
             None: they are rounded to the dtype of hidden, as a model gives them.
         backend: "cpu", "reference", ... (see backends()); None chooses.
@@ -75,15 +80,29 @@ def linear_logps(
         TypeError, ValueError: naming the argument; targets outside [0, V) that are not ignore_index raise on CPU, and
             on a GPU under QEMPO_CHECK=1; without it their log-prob is NaN.
     """
+
+    def also() -> None:
+        if support is not None:
+            check_support(support, targets.numel(), hidden.device)
+            if grad == "sampled" or tau is not None:
+                wanted = "None where the gradient is sampled (kept sets leave nothing to drop)"
+                _check.bad_value("support", wanted, grad)
+
     call = prepared(
         *(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, entropy, sum_sq),
-        *(grad, tau, process_group, logits_dtype, backend),
+        *(grad, tau, process_group, logits_dtype, backend, also),
     )
     options = call.options
     frozen = wants_gradient(call.hidden) and not wants_gradient(call.weight, call.bias)
-    if frozen and not options.sampled and options.group is None:
-        call = call._replace(options=replace(options, slopes=True))
-    logps, h, ss = call.run(_traced, _eager)
+    if support is not None:
+        kept = support
+        logps, h, ss = call.run(
+            lambda c: _support_function.traced(kept, *c), lambda c: _support_function.eager(kept, *c)
+        )
+    else:
+        if frozen and not options.sampled and options.group is None:
+            call = call._replace(options=replace(options, slopes=True))
+        logps, h, ss = call.run(_traced, _eager)
     return TokenLogps(logps.reshape(targets.shape), _inputs.shaped(h, targets), _inputs.shaped(ss, targets))
 
 

@@ -6,6 +6,7 @@ import torch
 
 from ._head import Draw, RowGrads, Tile, finished
 from ._options import Options, TileSizes
+from ._ragged import RaggedPass
 from ._row_stats import LOWEST, RowStats
 from ._tile_pass import TilePass
 
@@ -102,3 +103,4 @@ class TorchPass(TilePass):
 
 
 linear_logps = logps_from_logits = TorchPass
+support_logps = RaggedPass

@@ -19,6 +19,7 @@ from . import _segment_sum
 from ._head import Draw, HeadTensors, RowGrads, Tile, tile_view
 from ._options import Options, TileSizes, accumulator
 from ._policy import POLICIES, Policy
+from ._ragged_triton import TritonRagged
 from ._row_stats import RowStats
 from ._tile_pass import RowSum, TilePass
 
@@ -196,6 +197,7 @@ class TritonPass(TilePass):
 
 
 linear_logps = logps_from_logits = TritonPass
+support_logps = TritonRagged
 
 
 def segment_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,17 @@ def _column(temperature: float | torch.Tensor) -> float | torch.Tensor:
     return temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature
 
 
+def _kept_alone(z: torch.Tensor, support: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """z (..., V) with -inf outside of each position's set ids[offsets[i] : offsets[i + 1]]."""
+    if support is None:
+        return z
+    ids, offsets = (x.long() for x in support)
+    rows = torch.arange(len(offsets) - 1, device=z.device, dtype=torch.int64).repeat_interleave(offsets.diff())
+    keep = torch.zeros(len(offsets) - 1, z.shape[-1], dtype=torch.bool, device=z.device)
+    keep[rows, ids] = True
+    return z.masked_fill(~keep.view(z.shape), -torch.inf)
+
+
 def _from_scores(z: torch.Tensor, targets: torch.Tensor, ignore_index: int, entropy: bool, sum_sq: bool) -> TokenLogps:
     counted = targets != ignore_index
     z = torch.where(counted.unsqueeze(-1), z, torch.zeros((), dtype=z.dtype, device=z.device))
@@ -91,10 +102,12 @@ def logps_from_logits(
     temperature: float | torch.Tensor = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
+    support: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> TokenLogps:
-    """log softmax(logits / temperature) at targets; half precision is computed in float32."""
+    """log softmax(logits / temperature) at targets, over support's sets; half precision is computed in float32."""
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return _from_scores(wide / _column(temperature), targets, ignore_index, entropy, sum_sq=False)
+    z = _kept_alone(wide / _column(temperature), support)
+    return _from_scores(z, targets, ignore_index, entropy, sum_sq=False)
 
 
 def linear_logps(
@@ -109,13 +122,15 @@ def linear_logps(
     ignore_index: int = -100,
     entropy: bool = False,
     sum_sq: bool = False,
+    support: tuple[torch.Tensor, torch.Tensor] | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> TokenLogps:
     """log softmax(z) at targets.
 
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature; entropy is -sum_j p_j log p_j,
     sum_sq is log sum_j p_j^2 (detached). Half precision: logits in that dtype, as a model gives them, then float32; or
-    of float32 products with logits_dtype=torch.float32.
+    of float32 products with logits_dtype=torch.float32. support: (ids, offsets) of the kept tokens of each position; z
+    is -inf at every other.
     """
     if logits_dtype is not None:
         hidden, weight = hidden.to(logits_dtype), weight.to(logits_dtype)
@@ -124,7 +139,7 @@ def linear_logps(
     if raw.dtype in (torch.float16, torch.bfloat16):
         raw = raw.float()
     z = finish_head(raw, logit_scale=logit_scale, softcap=softcap, temperature=_column(temperature))
-    return _from_scores(z, targets, ignore_index, entropy, sum_sq)
+    return _from_scores(_kept_alone(z, support), targets, ignore_index, entropy, sum_sq)
 
 
 def weighted_logps(

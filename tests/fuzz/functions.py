@@ -144,6 +144,28 @@ def logps_from_logits(seed: int) -> dict[str, Any]:
     return {**x, "temperature": temperature, "entropy": d.of(True, False), "backend": d.of(None, None, "reference")}
 
 
+def _support(d: Draw, targets: torch.Tensor, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Sets with the target in each, or nothing."""
+    flat = targets.reshape(-1).long()
+    mask = torch.rand(len(flat), vocabulary, generator=d._generator, device="cpu") < 0.3
+    mask[flat != -100, flat[flat != -100]] = True
+    support = qf.Support.from_mask(mask)
+    dtype = d.of(torch.int64, torch.int32)
+    return {"ids": support.ids.to(dtype), "offsets": support.offsets.to(dtype)}
+
+
+def kept_sets(seed: int) -> dict[str, Any]:
+    d = Draw(seed)
+    x = _head(d, *d.of((d.size(),), (2, d.size(0, 4))))
+    sets = _support(d, x["targets"], len(x["weight"]))
+    return {**{name: v for name, v in x.items() if name not in ("grad", "tau")}, **sets}
+
+
+def _over_sets(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a head with support= by its two parts."""
+    return lambda ids, offsets, **x: function(support=qf.Support(ids, offsets), **x)
+
+
 def segment_sum(seed: int) -> dict[str, Any]:
     d = Draw(seed)
     sizes = _sizes(d, 0)
@@ -386,6 +408,9 @@ def _public() -> dict[str, Function]:
         ),
         "logps_from_logits": Function(
             logps_from_logits, qf.logps_from_logits, reference.logps_from_logits, ("logits",), weight=8
+        ),
+        "Support": Function(
+            kept_sets, _over_sets(qf.linear_logps), _over_sets(reference.linear_logps), **head, weight=8
         ),
         "segment_sum": Function(segment_sum, qf.segment_sum, reference.segment_sum, ("values",)),
         "dpp_gains": Function(dpp_gains, qf.dpp_gains, reference.dpp_gains, ("embeddings", "log_quality"), weight=6),

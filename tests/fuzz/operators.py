@@ -117,6 +117,35 @@ def _logits(seed: int) -> dict[str, Any]:
     return {**x, "ignore_index": -100, "entropy": d.of(True, False), "backend": "cpu"}
 
 
+def _support(seed: int) -> dict[str, Any]:
+    x = _linear(seed)
+    drop = ("seed", "tau", "error", "slopes", "chunk")
+    sets = functions._support(Draw(seed), x["targets"], len(x["weight"]))
+    return {**{name: v for name, v in x.items() if name not in drop}, **sets}
+
+
+def _backward_support(seed: int) -> dict[str, Any]:
+    x = _support(seed)
+    kept = _called("support_logps_fwd")(**{**x, "entropy": True})
+    grad = Draw(seed).floats(len(x["hidden"]), dtype=kept[3].dtype)
+    x = {name: v for name, v in x.items() if name not in ("entropy", "sum_sq", "wide")}
+    x |= {"grad": grad, "grad_entropy": None, "lse": kept[3], "entropy": kept[1], "z": kept[5]}
+    return {**x, "needs": [True, True, x["bias"] is not None]}
+
+
+def _support_logits(seed: int) -> dict[str, Any]:
+    x = _logits(seed)
+    return {**x, **functions._support(Draw(seed), x["targets"], x["logits"].shape[1])}
+
+
+def _backward_support_logits(seed: int) -> dict[str, Any]:
+    x = _support_logits(seed)
+    _, entropy, lse, _ = _called("support_from_logits_fwd")(**{**x, "entropy": True})
+    del x["entropy"]
+    grad = Draw(seed).floats(len(x["logits"]), dtype=lse.dtype)
+    return {**x, "grad": grad, "grad_entropy": None, "lse": lse, "entropy": entropy}
+
+
 def _backward_linear(seed: int) -> dict[str, Any]:
     x = _linear(seed)
     slopes = x["slopes"]
@@ -170,6 +199,10 @@ OTHERS: dict[str, Callable[[int], dict[str, Any]]] = {
     "weighted_logps": _weighted,
     "logps_from_logits_fwd": _logits,
     "logps_from_logits_bwd": _backward_logits,
+    "support_logps_fwd": _support,
+    "support_logps_bwd": _backward_support,
+    "support_from_logits_fwd": _support_logits,
+    "support_from_logits_bwd": _backward_support_logits,
     "segment_sum": _made(functions.segment_sum, backend="reference"),
     "dpp_fwd": _DPP,
     "dpp_bwd": _backward_dpp,

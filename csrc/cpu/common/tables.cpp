@@ -16,6 +16,7 @@ namespace qempo::cpu {
 
 const DppKernels& dpp_kernels() { return QEMPO_TABLE(dpp_kernels); }
 const LogpsKernels& logps_kernels() { return QEMPO_TABLE(logps_kernels); }
+const SupportKernels& support_kernels() { return QEMPO_TABLE(support_kernels); }
 template <class A>
 const LossKernels<A>& loss_kernels() {
   return QEMPO_TABLE(loss_kernels<A>);

@@ -9,10 +9,14 @@
 
 namespace qempo::cpu {
 
-// A (n, c) tile of raw head outputs hidden @ weight.T, rows ld apart, whose first column is v0 of the vocabulary.
+// A (n, c) tile of raw head outputs hidden @ weight.T, rows ld apart, whose first column is v0 of the vocabulary; or n
+// ragged rows, row i of which has the entries offsets[i] to offsets[i + 1] of z, at most c.
 struct Tile {
   void* z;
   int64_t ld, n, c, v0;
+  const int64_t* offsets = nullptr;
+  int64_t begin(int64_t i) const { return offsets ? offsets[i] : i * ld; }
+  int64_t width(int64_t i) const { return offsets ? offsets[i + 1] - offsets[i] : c; }
 };
 
 // z = softcap * tanh(scale * (raw + bias) / softcap) * inv_temperature. A is float, or double for f64 tiles.
@@ -60,11 +64,44 @@ struct LogpsKernels {
   ByDtype<LogpsBackward<float>, LogpsBackward<double>> backward;
 };
 
+// Products of a head with the tokens that each of n rows keeps: row i has ids[offsets[i]] to ids[offsets[i + 1]] out of
+// [0, v). hidden (n, d) and weight (v, d) are dense. Loops: csrc/cpu/support.cpp; docs/support.md.
+struct KeptTokens {
+  const int64_t *ids, *offsets;
+  int64_t n, d, v;
+};
+
+// z (m) = hidden[row] . weight[id] of every entry.
+template <class A>
+using KeptDots = void (*)(const KeptTokens&, const void* hidden, const void* weight, A* z, int threads);
+// out (n, d) = the sum over each row's entries of dz weight[id].
+template <class A>
+using KeptToHidden = void (*)(const KeptTokens&, const A* dz, const void* weight, A* out, int threads);
+// total (v, d)[id] += dz hidden[row] over all entries; a row that seen (v) does not mark is written and marked.
+template <class A>
+using KeptToWeight = void (*)(const KeptTokens&, const A* dz, const void* hidden, A* total, uint8_t* seen, int threads);
+
+struct SupportKernels {
+  ByDtype<KeptDots<float>, KeptDots<double>> dots;
+  ByDtype<KeptToHidden<float>, KeptToHidden<double>> to_hidden;
+  ByDtype<KeptToWeight<float>, KeptToWeight<double>> to_weight;
+};
+
 // One table per instruction set, each from its own compilation of cpu/logps.cpp.
-namespace baseline { const LogpsKernels& logps_kernels(); }
-namespace avx2 { const LogpsKernels& logps_kernels(); }
-namespace avx512 { const LogpsKernels& logps_kernels(); }
+namespace baseline {
 const LogpsKernels& logps_kernels();
+const SupportKernels& support_kernels();
+}  // namespace baseline
+namespace avx2 {
+const LogpsKernels& logps_kernels();
+const SupportKernels& support_kernels();
+}  // namespace avx2
+namespace avx512 {
+const LogpsKernels& logps_kernels();
+const SupportKernels& support_kernels();
+}  // namespace avx512
+const LogpsKernels& logps_kernels();
+const SupportKernels& support_kernels();
 
 // Chooses the kept columns of one row chunk (csrc/cpu/common/logps_select.cpp). statistic (copies, vocabulary): maxima
 // of log u as the forward left them, reduced here. Column j is kept with probability q = min(1, u' / tau), u' = u, or u

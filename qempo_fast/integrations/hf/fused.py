@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+import qempo_fast as qf
+
 from ... import _check
 from .. import sampling
 from . import _packed, _swap, _verify
@@ -57,6 +59,10 @@ def fused_forward(
     ``model(input_ids, labels=labels)`` then runs the model's own forward with ``linear_logps`` in the place of its
     output head, and returns a ``FusedOutput``. Without labels the forward is the model's own, so ``generate`` is
     unchanged. ``labels`` are shifted here, as transformers does; ``shift_labels`` are taken as they are.
+
+    ``support=`` at a call is a ``qf.Support`` with a set for each entry of labels, row after row, as
+    ``support.spread(labels != -100)`` lines up those of the answers: log-probs and entropy are then over these sets.
+    A set whose label is shifted out goes with it.
 
     Padding-free rows: pass one row (1, N) of sequences one after another with ``cu_seqlens=`` (S + 1,), or with
     ``position_ids`` that restart at 0 and no attention mask. Attention stays inside each sequence, and
@@ -184,6 +190,8 @@ class FusedForward:
             kwargs.update(_packed.packed(model, cu_seqlens, kwargs))
         self._look_at_rows(model, cu_seqlens, kwargs)
         if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+            if kwargs.pop("support", None) is not None:
+                _check.bad_value("support", "None without labels", "one")
             return _swap.own_forward(model, kwargs)
         return self._log_probs(model, kwargs)
 
@@ -234,7 +242,20 @@ class _Asked:
         self.shape = (labels if shifted is None else shifted).shape
         self.targets = _packed.targets(labels, kwargs)[:, 1:] if shifted is None else shifted
         self.options = options
+        if (support := kwargs.pop("support", None)) is not None:
+            self.options = {**options, "support": self._shifted(support)}
         self.scores: Any = None
+
+    def _shifted(self, support: Any) -> Any:
+        """The sets of the targets, of one for each label."""
+        count = self.shape.numel()
+        if not isinstance(support, qf.Support) or len(support.offsets) != count + 1:
+            got = len(support.offsets) - 1 if isinstance(support, qf.Support) else type(support).__name__
+            _check.bad_value("support", f"a qempo_fast.Support of {count} sets, one for each label", got)
+        if self.shift:
+            positions = torch.arange(count, device=support.offsets.device).view(self.shape)[:, self.shift :]
+            support = support.rows(positions.reshape(-1))
+        return support.to(self.head.weight.device)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.scores is not None:
