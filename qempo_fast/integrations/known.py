@@ -47,7 +47,7 @@ def known_coefficients(coefficients: torch.Tensor | None) -> Iterator[None]:
 
 def scored(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, shift: int = 0, **options: Any
-) -> qf.TokenLogps:
+) -> qf.TokenLogps | qf.TokenScores:
     """linear_logps; of known coefficients with its gradient made already. shift: labels that the head leaves out."""
     coefficients = _coefficients.get()
     # Kept sets have no logits to make a second time: nothing is gained there.

@@ -1,7 +1,7 @@
 """Token and sequence log-probs from hidden states, without keeping the logits."""
 
 from .from_logits import logps_from_logits
-from .linear import SequenceLogps, TokenLogps, linear_logps, sequence_logps
+from .linear import SequenceLogps, TokenLogps, TokenScores, linear_logps, sequence_logps
 from .segments import segment_sum
 from .stats import LogpsStats, last_stats
 from .support import Support
@@ -12,6 +12,7 @@ __all__ = [
     "SequenceLogps",
     "Support",
     "TokenLogps",
+    "TokenScores",
     "WeightedLogps",
     "WeightedSequenceLogps",
     "last_stats",

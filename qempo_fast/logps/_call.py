@@ -37,6 +37,18 @@ class Call(NamedTuple):
         return traced(self) if group is None and _check.traced(self.hidden) else eager(self)
 
 
+class Scored(NamedTuple):
+    """(N,) each, what was not asked for None; lse without a graph. place: this shard's first column, and all shards'
+    columns.
+    """
+
+    logps: torch.Tensor
+    entropy: torch.Tensor | None
+    sum_sq: torch.Tensor | None
+    lse: torch.Tensor | None
+    place: tuple[int, int]
+
+
 def prepared(
     hidden: torch.Tensor,
     weight: torch.Tensor,

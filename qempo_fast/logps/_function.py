@@ -117,7 +117,10 @@ def backward(
 
 
 class LinearLogps(torch.autograd.Function):
-    """(logps, entropy or None, sum_sq or None) of (N, D) rows; targets already checked, ignored rows marked by live."""
+    """(logps, entropy, sum_sq, lse) of (N, D) rows, the last three or None; lse has no graph.
+
+    Targets are checked already, ignored rows marked by live.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -131,7 +134,7 @@ class LinearLogps(torch.autograd.Function):
         first_column: int,
         tiles: TilePass,
         options: Options,
-    ) -> tuple[torch.Tensor, _Optional, _Optional]:
+    ) -> tuple[torch.Tensor, _Optional, _Optional, _Optional]:
         n = hidden.shape[0]
         live = arranged(hidden, weight.shape[0], live, tiles, options)
         ctx.targets, ctx.inv_temperature, ctx.live = targets - first_column, inv_temperature, live
@@ -144,13 +147,13 @@ class LinearLogps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # A copy of the entropy: who edits what is returned leaves alone what the backward reads.
         outputs = [stats.logps(lse), None if entropy is None else entropy.clone(), stats.log_sum_sq()]
+        outputs.append(lse.sum(1) if options.lse else None)
         full = [None if x is None else scatter(x, live, n) for x in outputs]
-        if full[2] is not None:
-            ctx.mark_non_differentiable(full[2])
+        ctx.mark_non_differentiable(*(x for x in full[2:] if x is not None))
         return tuple(full)  # type: ignore[return-value]
 
     @staticmethod
-    def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, _: _Optional) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, *_: _Optional) -> tuple[Any, ...]:
         single(grad, grad_entropy)
         hidden, weight, bias, lse, entropy, values, size = ctx.saved_tensors
         with torch.no_grad():

@@ -21,11 +21,12 @@ _SAME = {
     "ignore_index": "the same number",
     "entropy": "the same choice",
     "sum_sq": "the same choice",
+    "lse": "the same choice, and of columns",
     "grad": "sampled without tau on every rank or on none",
     "logits_dtype": "the same choice",
 }
-# Numbers in the one all-gather of each call: columns, rows, _SAME, checksums of targets, temperatures, coefficients.
-_HEADER = 6 + len(_SAME)
+# Numbers in the one all-gather of each call: columns, rows, _SAME, checksums of targets and what else has rows.
+_HEADER = 7 + len(_SAME)
 
 
 # The gradient of full_tensor() alone is cut to this rank's rows, and the tokens of other ranks never reach it.
@@ -88,6 +89,7 @@ def shard_range(
     ignore_index: int,
     options: Options,
     coefficients: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    columns: torch.Tensor | None = None,
 ) -> tuple[int, int]:
     """(first column of this rank, columns of all ranks); shards lie in rank order and may be uneven."""
     vocabulary, group = weight.shape[0], options.group
@@ -97,19 +99,19 @@ def shard_range(
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     settings = (
         *((hidden.dtype, hidden.shape[1], wanted), bias is None, options.logit_scale, options.softcap),
-        *(int(ignore_index), options.entropy, options.sum_sq, options.error, options.wide),
+        *(int(ignore_index), options.entropy, options.sum_sq, options.lse, options.error, options.wide),
     )
     numbers = [vocabulary, len(targets), *_collective.words(dict(zip(_SAME, settings, strict=True)))]
     mine = torch.tensor(numbers, dtype=torch.int64, device=targets.device)
-    rows_of = (targets, inv_temperature, *coefficients)
+    rows_of = (targets, inv_temperature, *coefficients, None if columns is None else columns.flatten())
     sums = [_collective.checksum(x) if x is not None else mine.new_zeros(1) for x in rows_of]
     table = _collective.exchange(torch.cat([mine, *sums]), group).tolist()
     _collective.same([row[2:] for row in table], _SAME)
     # A head that FSDP2 has sharded is a Shard(0) DTensor as well, but there each rank has tokens of its own.
-    tokens = [(row[1], *row[-4:]) for row in table]
+    tokens = [(row[1], *row[-5:]) for row in table]
     if any(row != tokens[0] for row in tokens):
         rows = [row[0] for row in tokens]
-        got = f"rows {rows}" if len(set(rows)) > 1 else "other targets, temperatures, coefficients or sets of support"
+        got = f"rows {rows}" if len(set(rows)) > 1 else "other targets, temperatures, coefficients, columns or support"
         same = "the same tokens on every rank of a vocabulary-parallel head (an FSDP head: call inside the forward of"
         _check.bad_value("targets", f"{same} the module that owns it, or pass {_WHOLE})", got)
     counts = [row[0] for row in table]

@@ -197,7 +197,8 @@ def _tile_products(
     dh = torch.zeros(h.shape, dtype=dz.dtype, device=dz.device)
     for tile in _tiles(part, weight, backend, h):
         filled = h.new_zeros(len(h), len(tile.w))
-        filled.view(-1).scatter_(0, tile.rows * len(tile.w) + tile.columns, dz[tile.entries].to(h.dtype))
+        # Added: columns of one's own choice may name a token twice.
+        filled.view(-1).scatter_add_(0, tile.rows * len(tile.w) + tile.columns, dz[tile.entries].to(h.dtype))
         add_product(dh, filled, tile.w.t())
         if dw is not None:
             dw.add(tile.at, filled.t(), h.t())

@@ -11,6 +11,7 @@ from .._door import dense
 from .._operator import scalar
 from ..reference.once import once, single
 from . import _inputs, _sharded, _support_op
+from ._call import Scored
 from ._function import head_of, pick, scatter
 from ._head import RowGrads
 from ._options import Options
@@ -18,7 +19,7 @@ from ._support import Backend, Sets, backward, forward, logits_backward, logits_
 from .support import Support, check_ids
 
 _Optional = torch.Tensor | None
-_Three = tuple[torch.Tensor, _Optional, _Optional]
+_Four = tuple[torch.Tensor, _Optional, _Optional, _Optional]
 
 
 def row_grads(
@@ -30,7 +31,7 @@ def row_grads(
 
 
 class SupportLogps(torch.autograd.Function):
-    """(logps, entropy or None, sum_sq or None) of (N, D) rows over their sets; targets already checked."""
+    """(logps, entropy, sum_sq, lse) of (N, D) rows over their sets, as LinearLogps; targets already checked."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -43,7 +44,7 @@ class SupportLogps(torch.autograd.Function):
         sets: Sets,
         backend: Backend,
         options: Options,
-    ) -> _Three:
+    ) -> _Four:
         head = head_of(hidden, weight, bias, targets, inv_temperature, sets.live)
         z, stats = forward(head, sets, options, backend)
         lse, entropy = stats.lse(), stats.entropy()
@@ -52,13 +53,13 @@ class SupportLogps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # A copy of the entropy: who edits what is returned leaves alone what the backward reads.
         outputs = [stats.logps(lse), None if entropy is None else entropy.clone(), stats.log_sum_sq()]
+        outputs.append(lse.sum(1) if options.lse else None)
         full = [None if x is None else scatter(x, sets.live, len(hidden)) for x in outputs]
-        if full[2] is not None:
-            ctx.mark_non_differentiable(full[2])
+        ctx.mark_non_differentiable(*(x for x in full[2:] if x is not None))
         return tuple(full)  # type: ignore[return-value]
 
     @staticmethod
-    def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, _: _Optional) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, *_: _Optional) -> tuple[Any, ...]:
         single(grad, grad_entropy)
         hidden, weight, bias, lse, entropy, z = ctx.saved_tensors
         targets, inv_temperature, sets, backend, options = ctx.rest
@@ -120,17 +121,18 @@ def eager(
     ignore_index: int,
     options: Options,
     name: str,
-) -> _Three:
+    columns: _Optional = None,
+) -> Scored:
     told = targets if options.group is None else _told(targets, support)
     shard = (hidden, weight, bias, told, inv_temperature, ignore_index, options)
-    first, vocabulary = _sharded.shard_range(*shard)
+    first, vocabulary = _sharded.shard_range(*shard, columns=columns)
     check_ids(support, vocabulary)
     _inputs.check_values(targets, vocabulary, inv_temperature, ignore_index)
     counted = targets != ignore_index
     sets = sets_of(support, targets, counted, first, len(weight), vocabulary)
     backend = Backend.of(name, hidden.device)
-    logps, h, ss = SupportLogps.apply(hidden, weight, bias, targets, inv_temperature, sets, backend, options)
-    return _marked(logps, targets, counted & ~sets.found), h, ss
+    logps, h, ss, lse = SupportLogps.apply(hidden, weight, bias, targets, inv_temperature, sets, backend, options)
+    return Scored(_marked(logps, targets, counted & ~sets.found), h, ss, lse, (first, vocabulary))
 
 
 def traced(
@@ -143,8 +145,9 @@ def traced(
     ignore_index: int,
     options: Options,
     name: str,
-) -> _Three:
-    logps, h, ss, _, found, _ = _support_op.linear(
+    columns: _Optional = None,
+) -> Scored:
+    logps, h, ss, lse, found, _ = _support_op.linear(
         *(hidden, weight, bias, *support, targets, inv_temperature),
         *map(scalar, (options.logit_scale, options.softcap)),
         *(ignore_index, options.entropy, options.sum_sq, options.wide, name),
@@ -152,7 +155,8 @@ def traced(
     counted = targets != ignore_index
     logps = logps.masked_fill(counted & ~found, torch.nan)
     # Not h itself, as in linear.py.
-    return logps, h.where(counted, 0.0) if options.entropy else None, ss if options.sum_sq else None
+    more = (h.where(counted, 0.0) if options.entropy else None, ss if options.sum_sq else None)
+    return Scored(logps, *more, lse.sum(1) if options.lse else None, (0, weight.shape[0]))
 
 
 def from_logits(

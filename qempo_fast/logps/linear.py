@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch.distributed import ProcessGroup
 
 from .. import _backends, _check
 from .._operator import scalar
-from ..reference.logps import SequenceLogps, TokenLogps, reduce_sequences
-from . import _inputs, _sharded, _support_function, op
-from ._call import Call, prepared, seed, wants_gradient
+from ..reference.logps import SequenceLogps, TokenLogps, TokenScores, reduce_sequences
+from . import _columns, _inputs, _sharded, _support_function, op
+from ._call import Call, Scored, prepared, seed, wants_gradient
 from ._function import LinearLogps, live_rows
 from ._options import logits_budget
 from .segments import summed
@@ -36,9 +37,11 @@ def linear_logps(
     tau: float | None = None,
     process_group: ProcessGroup | None = None,
     support: Support | None = None,
+    columns: torch.Tensor | None = None,
+    lse: bool = False,
     logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
-) -> TokenLogps:
+) -> TokenLogps | TokenScores:
     """Log-probs of target tokens straight from hidden states and the output head; the logits are never kept.
 
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
@@ -69,12 +72,16 @@ def linear_logps(
             all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
         support: kept tokens of each position: softmax, entropy and sum_sq are over them alone, with an exact gradient
             and without the other logits (docs/support.md). A counted target has to be in its set.
+        columns: (..., K) int64 or int32, targets' shape and one axis more: tokens whose log-probs are returned beside
+            the target's, over the vocabulary or the support (-inf outside of a set). Of ignore_index: 0.
+        lse: return logsumexp(z) too. With columns or lse the result is a TokenScores.
         logits_dtype: torch.float32 keeps half precision's logits in float32 until the softmax, forward and backward;
             None: they are rounded to the dtype of hidden, as a model gives them.
         backend: "cpu", "reference", ... (see backends()); None chooses.
 
     Returns:
-        TokenLogps(logps, entropy, sum_sq), shaped like targets, in nats, float32 (float64 for float64).
+        TokenLogps(logps, entropy, sum_sq), shaped like targets, in nats, float32 (float64 for float64); or, with
+        columns or lse, TokenScores(logps, entropy, sum_sq, lse, columns), the last two differentiable, once.
 
     Raises:
         TypeError, ValueError: naming the argument; targets outside [0, V) that are not ignore_index raise on CPU, and
@@ -82,6 +89,9 @@ def linear_logps(
     """
 
     def also() -> None:
+        _check.boolean("lse", lse)
+        if columns is not None:
+            _columns.check(columns, targets, ignore_index, None if process_group is not None else weight.shape[0])
         if support is not None:
             check_support(support, targets.numel(), hidden.device)
             if grad == "sampled" or tau is not None:
@@ -94,23 +104,29 @@ def linear_logps(
     )
     options = call.options
     frozen = wants_gradient(call.hidden) and not wants_gradient(call.weight, call.bias)
-    if support is not None:
-        kept = support
-        logps, h, ss = call.run(
-            lambda c: _support_function.traced(kept, *c), lambda c: _support_function.eager(kept, *c)
-        )
+    slopes = frozen and support is None and not options.sampled and options.group is None
+    call = call._replace(options=replace(options, slopes=slopes, lse=lse or columns is not None))
+    flat = None if columns is None else columns.reshape(-1, columns.shape[-1]).long()
+    if support is None:
+        out = call.run(_traced, partial(_eager, columns=flat))
     else:
-        if frozen and not options.sampled and options.group is None:
-            call = call._replace(options=replace(options, slopes=True))
-        logps, h, ss = call.run(_traced, _eager)
-    return TokenLogps(logps.reshape(targets.shape), _inputs.shaped(h, targets), _inputs.shaped(ss, targets))
+        both = (_support_function.traced, _support_function.eager)
+        traced, eager = (lambda c, run=run: run(support, *c, columns=flat) for run in both)
+        out = call.run(traced, eager)
+    shaped = [_inputs.shaped(x, targets) for x in out[:3]]
+    tokens = TokenLogps(*shaped)  # type: ignore[arg-type]
+    if not call.options.lse:
+        return tokens
+    found, picked = _columns.composed(call, out, flat, support)
+    picked = None if picked is None or columns is None else picked.reshape(columns.shape)
+    return TokenScores(*tokens, found.reshape(targets.shape) if lse else None, picked)
 
 
-def _eager(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _eager(call: Call, columns: torch.Tensor | None = None) -> Scored:
     hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
     tiles = _backends.kernel("linear_logps", hidden.device, name)()
     shard = (hidden, weight, bias, targets, inv_temperature, ignore_index, options)
-    first, vocabulary = _sharded.shard_range(*shard)
+    first, vocabulary = _sharded.shard_range(*shard, columns=columns)
     _inputs.check_values(targets, vocabulary, inv_temperature, ignore_index)
     counted = targets != ignore_index
     live = live_rows(counted)
@@ -119,14 +135,15 @@ def _eager(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor 
     elif wants_gradient(hidden, weight, bias) and not options.slopes:
         rows = len(targets) if live is None else len(live)
         options = replace(options, keep_logits=logits_budget(rows, weight, options.logits_dtype(hidden)))
-    logps, h, ss = LinearLogps.apply(hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
-    return _inputs.marked(logps, targets, counted, vocabulary), h, ss
+    given = (hidden, weight, bias, targets, inv_temperature, live, first, tiles, options)
+    logps, h, ss, lse = LinearLogps.apply(*given)
+    return Scored(_inputs.marked(logps, targets, counted, vocabulary), h, ss, lse, (first, vocabulary))
 
 
-def _traced(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _traced(call: Call) -> Scored:
     hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
     drawn = seed() if options.sampled else None
-    logps, h, ss, *_ = op.linear(
+    logps, h, ss, lse, *_ = op.linear(
         *(hidden, weight, bias, targets, inv_temperature, drawn),
         *map(scalar, (options.logit_scale, options.softcap, options.tau, options.error)),
         *(ignore_index, options.entropy, options.sum_sq, options.slopes, options.wide),
@@ -135,7 +152,8 @@ def _traced(call: Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor
     counted = targets != ignore_index
     logps = _inputs.marked(logps, targets, counted, weight.shape[0])
     # Not h itself: an edit of the entropy in place reached what the backward reads, and Inductor drops a clone.
-    return logps, h.where(counted, 0.0) if options.entropy else None, ss if options.sum_sq else None
+    more = (h.where(counted, 0.0) if options.entropy else None, ss if options.sum_sq else None)
+    return Scored(logps, *more, lse.sum(1) if options.lse else None, (0, weight.shape[0]))
 
 
 def sequence_logps(
@@ -169,5 +187,8 @@ def sequence_logps(
     *_, group = _sharded.local_head(weight, head.get("bias"), head.get("process_group"))
     with _sharded.checked_together(group, hidden, weight):
         _inputs.check_sequences(hidden, targets, cu_seqlens, average)
+    for name in ("columns", "lse"):
+        if head.get(name) is not None and head[name] is not False:
+            _check.bad_value(name, "nothing of the kind: sums over tokens have none (linear_logps has)", name)
     tokens = linear_logps(hidden, weight, targets, **head)
     return reduce_sequences(tokens, targets, cu_seqlens, average, head.get("ignore_index", -100), summed)

@@ -18,6 +18,7 @@ from .groups import (
 from .logps import (
     SequenceLogps,
     TokenLogps,
+    TokenScores,
     WeightedLogps,
     WeightedSequenceLogps,
     linear_logps,
@@ -35,6 +36,7 @@ __all__ = [
     "DppGains",
     "SequenceLogps",
     "TokenLogps",
+    "TokenScores",
     "WeightedLogps",
     "WeightedSequenceLogps",
     "dpo_loss",

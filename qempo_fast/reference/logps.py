@@ -21,6 +21,16 @@ class TokenLogps(NamedTuple):
     sum_sq: torch.Tensor | None
 
 
+class TokenScores(NamedTuple):
+    """TokenLogps with lse, shaped like targets, and the log-probs of columns (..., K); None unless asked for."""
+
+    logps: torch.Tensor
+    entropy: torch.Tensor | None
+    sum_sq: torch.Tensor | None
+    lse: torch.Tensor | None
+    columns: torch.Tensor | None
+
+
 class SequenceLogps(NamedTuple):
     """Per-sequence sums (S,) or averages, counted tokens (S,) int64, and the token log-probs (N,)."""
 
@@ -123,9 +133,11 @@ def linear_logps(
     entropy: bool = False,
     sum_sq: bool = False,
     support: tuple[torch.Tensor, torch.Tensor] | None = None,
+    columns: torch.Tensor | None = None,
+    lse: bool = False,
     logits_dtype: torch.dtype | None = None,
-) -> TokenLogps:
-    """log softmax(z) at targets.
+) -> TokenLogps | TokenScores:
+    """log softmax(z) at targets, and with columns (..., K) at these; lse = logsumexp(z).
 
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature; entropy is -sum_j p_j log p_j,
     sum_sq is log sum_j p_j^2 (detached). Half precision: logits in that dtype, as a model gives them, then float32; or
@@ -139,7 +151,20 @@ def linear_logps(
     if raw.dtype in (torch.float16, torch.bfloat16):
         raw = raw.float()
     z = finish_head(raw, logit_scale=logit_scale, softcap=softcap, temperature=_column(temperature))
-    return _from_scores(_kept_alone(z, support), targets, ignore_index, entropy, sum_sq)
+    z = _kept_alone(z, support)
+    tokens = _from_scores(z, targets, ignore_index, entropy, sum_sq)
+    if columns is None and not lse:
+        return tokens
+    zero = torch.zeros((), dtype=z.dtype, device=z.device)
+    counted = (targets != ignore_index).unsqueeze(-1)
+    z = torch.where(counted, z, zero)
+    total = torch.where(counted, torch.logsumexp(z, -1, keepdim=True), zero) if lse else None
+    picked = None
+    if columns is not None:
+        wanted = counted & (columns != ignore_index)
+        picked = torch.log_softmax(z, -1).gather(-1, columns.where(wanted, 0).long())
+        picked = torch.where(wanted, picked, zero)
+    return TokenScores(*tokens, None if total is None else total.squeeze(-1), picked)
 
 
 def weighted_logps(
@@ -205,7 +230,7 @@ def weighted_sequence_logps(
 
 
 def reduce_sequences(
-    tokens: TokenLogps,
+    tokens: TokenLogps | TokenScores,
     targets: torch.Tensor,
     cu_seqlens: torch.Tensor,
     average: bool,

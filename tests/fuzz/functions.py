@@ -104,7 +104,11 @@ def _head(d: Draw, *rows: int) -> dict[str, Any]:
 
 def linear_logps(seed: int) -> dict[str, Any]:
     d = Draw(seed)
-    return _head(d, *d.of((d.size(),), (d.size(),), (2, d.size(0, 4))))
+    x = _head(d, *d.of((d.size(),), (d.size(),), (2, d.size(0, 4))))
+    if d.of(True, False, False):
+        x["columns"] = _targets(d, len(x["weight"]), *x["targets"].shape, d.size(1, 3))
+    x["lse"] = d.of(True, False, False)
+    return x
 
 
 def sequence_logps(seed: int) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _check_kind(weight: Any) -> None:
 
 def head_logps(
     hidden: torch.Tensor, head: Head, targets: torch.Tensor, options: dict[str, Any], shift: int = 0
-) -> qf.TokenLogps:
+) -> qf.TokenLogps | qf.TokenScores:
     """linear_logps of a model's hidden states, brought to the head's device and dtype."""
     weight, bias, logit_scale, softcap = head
     # A model split over devices may end its backbone elsewhere than at the head.

@@ -186,7 +186,7 @@ def _refusal(
 
 
 def _metrics(
-    tokens: qf.TokenLogps,
+    tokens: qf.TokenLogps | qf.TokenScores,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
     head: dict[str, Any],
     outputs: tuple[str, ...],
