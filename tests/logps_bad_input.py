@@ -277,6 +277,9 @@ ROWS: list[Row] = [
     ("sets of integers", lambda: sets(torch.ones(2, 5).long()), TypeError, "^logits: "),
     ("mask of floats", lambda: (qf.Support.from_mask, (torch.ones(2, 5),), {}), TypeError, "^mask: "),
     ("lists of floats", lambda: (qf.Support.from_lists, ([[1.0]],), {}), TypeError, "^lists: "),
+    ("lists not nested", lambda: (qf.Support.from_lists, ([1, 2],), {}), TypeError, "^lists: "),
+    ("lists a number", lambda: (qf.Support.from_lists, (3,), {}), TypeError, "^lists: "),
+    ("a mask that was not returned", lambda: (qf.Support.from_vllm, (None,), {}), ValueError, "^mask: .*return"),
     ("cat of nothing", lambda: (qf.Support.cat, ([],), {}), ValueError, "^parts: "),
     (
         "spread over other entries",

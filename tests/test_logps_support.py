@@ -18,7 +18,7 @@ from test_logps import DTYPES, Case, Inputs, make, run
 from tolerances import assert_as_good
 
 import qempo_fast as qf
-from qempo_fast import reference
+from qempo_fast import _C, reference
 from qempo_fast.logps import _support
 
 BACKENDS = ["cpu", "reference"]
@@ -173,6 +173,66 @@ def test_sequences() -> None:
         torch.testing.assert_close(ours, true)
 
 
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_each_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    before = _C.isa()
+    try:
+        _C.use_isa(isa)
+        compare(*CASES[1], dtype, backend="cpu")
+    finally:
+        _C.use_isa(before)
+
+
+def test_threads_change_no_bit() -> None:
+    """More rows than two blocks have, so that both threads get some."""
+    x = make(Case("", 300, 37, 91, entropy=True), torch.float32)
+    support, before = sets(x, 91, 0.3), torch.get_num_threads()
+    try:
+        runs = [torch.set_num_threads(n) or run(qf.linear_logps, x, torch.float32, support=support) for n in (1, 2, 1)]
+    finally:
+        torch.set_num_threads(before)
+    for name, value in runs[0].items():
+        assert all(torch.equal(other[name], value) for other in runs[1:]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("way")
+def test_only_what_is_asked_for(backend: str) -> None:
+    """Whichever leaves want a gradient get theirs alone; a weight may lie in any layout."""
+    x = make(Case("", 12, 5, 40, True), torch.float32)
+    support, truth = sets(x, 40, 0.3), None
+    assert x.bias is not None
+    for wanted in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        leaves = [t.clone() for t in (x.hidden, x.weight.t().contiguous(), x.bias)]
+        h, w, b = (t.requires_grad_(want) for t, want in zip(leaves, wanted, strict=True))
+        qf.linear_logps(h, w.t(), x.targets, bias=b, support=support, backend=backend).logps.sum().backward()
+        truth = truth or [t.grad for t in leaves]
+        for leaf, want, true in zip(leaves, wanted, truth, strict=True):
+            assert leaf.grad is None if not want else torch.equal(leaf.grad, true)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("way")
+def test_masks_and_nan(backend: str) -> None:
+    """Kept tokens at -inf or float32's least number, sets of nothing else, and a row of NaN, which stays alone."""
+    hidden, weight, bias = torch.randn(6, 4), torch.randn(12, 4), torch.zeros(12)
+    bias[3:5], bias[5], hidden[5, 0] = -torch.inf, -3.4e38, torch.nan
+    support = qf.Support.from_lists([[0, 1, 3], [3, 4, 0], [3, 4], [5, 1, 2], [5], [0, 1]])
+    targets = torch.tensor([0, 3, 4, 5, 5, 1])
+    good = [0, 3, 4]
+    for entropy in (False, True):
+        head = {"bias": bias, "entropy": entropy, "sum_sq": True, "support": support}
+        h = hidden.clone().requires_grad_()
+        out = qf.linear_logps(h, weight, targets, backend=backend, **head)
+        want = reference.linear_logps(hidden, weight, targets, **head)
+        for ours, true in zip(out, want, strict=True):
+            torch.testing.assert_close(ours, true, equal_nan=True)
+        out.logps[good].sum().backward()
+        assert h.grad.isfinite().all()
+        assert not h.grad[[1, 2, 5]].any()
+
+
 # Ties at both ends, masked tokens, and a row with one candidate.
 HARD = torch.tensor(
     [
@@ -226,8 +286,8 @@ def test_constructors_agree() -> None:
         mask.view(4, 5)[i, row] = True
     flat = SimpleNamespace(token_ids=[3, 1, 0, 2, 4, 4], offsets=[0, 2, 2, 5, 6])
     made = [qf.Support.from_lists(rows), qf.Support.from_mask(mask), qf.Support.from_vllm(rows),
-            qf.Support.from_vllm(flat)]  # fmt: skip
-    assert [lists(s) for s in made] == [[sorted(r) for r in rows]] * 4
+            qf.Support.from_vllm(flat), qf.Support.from_vllm(SimpleNamespace(token_ids=rows))]  # fmt: skip
+    assert [lists(s) for s in made] == [[sorted(r) for r in rows]] * 5
     one = qf.Support.from_vllm(SimpleNamespace(token_ids=torch.tensor([7, 2]).numpy(), offsets=None))
     assert lists(one) == [[2, 7]]
     assert lists(qf.Support.cat([one, made[1]])) == [[2, 7], [1, 3], [], [0, 2, 4], [4]]

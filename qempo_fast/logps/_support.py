@@ -35,8 +35,6 @@ from .support import Support
 
 _Optional = torch.Tensor | None
 WAYS = ("products", "union", "vocabulary")
-
-
 # One of WAYS for all rows, None for the cheapest: set by tests.
 WAY: str | None = None
 
@@ -73,7 +71,10 @@ def plan(entries: Entries, hidden: torch.Tensor, vocabulary: int, backend: Backe
     cost, size = backend.ragged.cost(hidden), backend.tiles.sizes(True, hidden)
     order = lengths.argsort(stable=True)
     stops = [*range(size.chunk, n, size.chunk), n]
-    ends = torch.tensor(stops, device=order.device, dtype=torch.int64) - 1
+    # arange, not the stops themselves: what comes from the host is a stall on a GPU.
+    ends = (
+        torch.arange(size.chunk, n + size.chunk, size.chunk, device=order.device, dtype=torch.int64).clamp_(max=n) - 1
+    )
     ascending = lengths[order]
     total, longest = torch.stack([ascending.cumsum(0)[ends], ascending[ends]]).tolist()
     counts = [b - a for a, b in zip([0, *total], total, strict=False)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ class Support(NamedTuple):
     @classmethod
     def from_lists(cls, lists: Iterable[Sequence[int]]) -> Support:
         """Of a list of token ids for each position, on the CPU."""
+        if not hasattr(lists, "__iter__"):
+            _check.bad_type("lists", "a list of ints for each position", type(lists).__name__)
         rows = [_row("lists", row) for row in lists]
         flat = torch.tensor([i for row in rows for i in row], dtype=torch.int64, device="cpu")
         ends = [0, *accumulate(map(len, rows))]
@@ -51,11 +54,13 @@ class Support(NamedTuple):
     def from_vllm(cls, mask: Any) -> Support:
         """Of the sampling_mask of one completion by vLLM (--return-sampling-mask), one set for each generated token.
 
-        Either form is read: vLLM's SamplingMask with flat token_ids and their offsets, None for one position, or the
-        nested lists of its later versions and of its HTTP answers. cat() joins those of several completions.
+        Read are vLLM's SamplingMask, with flat token_ids and their offsets (None for one position) or, as later
+        versions have it, nested token_ids, and the nested lists of its HTTP answers. cat() joins several completions.
         """
-        if not hasattr(mask, "token_ids"):
-            return cls.from_lists(mask)
+        if mask is None:
+            _check.bad_value("mask", "a completion's sampling_mask (vllm serve --return-sampling-mask)", None)
+        if not hasattr(mask, "offsets"):
+            return cls.from_lists(getattr(mask, "token_ids", mask))
         ids = torch.as_tensor(mask.token_ids, device="cpu").reshape(-1)
         ends = [0, len(ids)] if mask.offsets is None else mask.offsets
         offsets = torch.as_tensor(ends, device="cpu").to(torch.int64)
@@ -140,11 +145,10 @@ class Support(NamedTuple):
 
 
 def _row(name: str, row: Any) -> list[int]:
-    ids = row.tolist() if hasattr(row, "tolist") else list(row)
-    for i in ids:
-        if type(i) is not int:
-            _check.bad_type(name, "lists of ints", type(i).__name__)
-    return ids
+    try:
+        return [operator.index(i) for i in (row.tolist() if hasattr(row, "tolist") else row)]
+    except TypeError:
+        _check.bad_type(name, "a list of ints for each position", f"{type(row).__name__} among them")
 
 
 def _lengths(offsets: torch.Tensor) -> torch.Tensor:
@@ -201,7 +205,7 @@ def _distinct(support: Support) -> None:
     first[offsets.long()] = True
     # Ids that rise, as vLLM exports them and from_mask makes them, are distinct: one pass and no sort.
     if not bool(((ids[1:] > ids[:-1]) | first[1:-1]).all()):
-        row = first[:-1].cumsum(0)
-        pairs = torch.stack([row, ids.long()]).unique(dim=1, sorted=True) if len(ids) else ids
-        if pairs.shape[-1] < len(ids):
-            _check.bad_value("support", "no token twice in one set", f"{len(ids) - pairs.shape[-1]} repeated")
+        low, high = map(int, ids.aminmax())
+        pairs = first[:-1].cumsum(0) * (high - low + 1) + (ids.long() - low)
+        if repeated := len(ids) - len(pairs.unique()):
+            _check.bad_value("support", "no token twice in one set", f"{repeated} repeated")
