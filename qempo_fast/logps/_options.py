@@ -35,7 +35,8 @@ class Options:
     """The gradient is sampled at threshold tau, or at one that adds the relative error; both None: exact.
 
     An exact one may keep so many bytes of logits, or with slopes is made in the forward; seed drives a sampled one.
-    wide: hidden is of half precision, and its logits are float32 until the softmax.
+    wide: hidden is of half precision, and its logits are float32 until the softmax. fixed: a row's results depend on no
+    other row, to the bit.
     """
 
     logit_scale: float
@@ -49,6 +50,7 @@ class Options:
     error: float | None = None
     slopes: bool = False
     wide: bool = False
+    fixed: bool = False
 
     @property
     def sampled(self) -> bool:

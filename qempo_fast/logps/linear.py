@@ -46,6 +46,7 @@ def linear_logps(
     tau: float | None = None,
     process_group: ProcessGroup | None = None,
     logits_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> TokenLogps:
     """Log-probs of target tokens straight from hidden states and the output head; the logits are never kept.
@@ -78,6 +79,8 @@ def linear_logps(
             all outputs and the whole hidden gradient. Collectives stay out of a torch.compile graph, which breaks here.
         logits_dtype: torch.float32 keeps half precision's logits in float32 until the softmax, forward and backward;
             None: they are rounded to the dtype of hidden, as a model gives them.
+        batch_invariant: a row's outputs, and its exact gradient of hidden, do not depend, to the bit, on the rows that
+            come with it (docs/linear_logps.md says of which GEMMs that was seen); not with backend="reference".
         backend: "cpu", "reference", ... (see backends()); None chooses.
 
     Returns:
@@ -96,9 +99,12 @@ def linear_logps(
         _check.boolean("sum_sq", sum_sq)
         wide = _inputs.wide_logits(logits_dtype, hidden.dtype)
         inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(hidden.dtype))
+        _check.boolean("batch_invariant", batch_invariant)
         name = _backends.choose("linear_logps", hidden.device, backend)
+        _inputs.orders_sums(batch_invariant, name)
     cap = None if softcap is None else float(softcap)
-    options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group, wide=wide)
+    options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group)
+    options = replace(options, wide=wide, fixed=batch_invariant)
     options = _sampling(options, grad, tau, hidden, weight, bias)
     run = _traced if process_group is None and _check.traced(hidden) else _eager
     if process_group is not None and torch.compiler.is_compiling():
@@ -140,7 +146,7 @@ def _traced(call: _Call) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tenso
     logps, h, ss, *_ = op.linear(
         *(hidden, weight, bias, targets, inv_temperature, seed),
         *map(scalar, (options.logit_scale, options.softcap, options.tau, options.error)),
-        *(ignore_index, options.entropy, options.sum_sq, options.slopes, options.wide),
+        *(ignore_index, options.entropy, options.sum_sq, options.slopes, options.wide, options.fixed),
         *(op.chunk_rows(hidden.device, name), name),
     )
     counted = targets != ignore_index

@@ -103,6 +103,7 @@ def _linear(seed: int) -> dict[str, Any]:
         "error": None,
         "slopes": d.of(True, False),
         "wide": d.dtype.itemsize == 2 and d.of(True, False),
+        "fixed": d.of(True, False, False),
         "chunk": 1024,
         "backend": "cpu",
     }
