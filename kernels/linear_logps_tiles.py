@@ -291,7 +291,7 @@ def tile_shape(z: torch.Tensor) -> str:
     return f"{z.shape[0]} x {z.shape[1]} {str(z.dtype).removeprefix('torch.')}"
 
 
-def _rows(z, bias, inv_t, targets, stats, v0, scale, softcap) -> None:
+def _rows(z, bias, inv_t, targets, stats, v0, scale, softcap, fixed) -> None:
     """Add one tile of logits to the running statistics of its rows."""
     n, c = z.shape
     sizes = _sizes(z.device)
@@ -301,7 +301,7 @@ def _rows(z, bias, inv_t, targets, stats, v0, scale, softcap) -> None:
         width = block.loads * lanes * 16 // z.element_size()
         blocks, turns = cdiv(n, block.n), cdiv(c, width)
         # Four programs a processor hide each other's loads; with fewer rows than that the columns are split.
-        per_split = cdiv(turns, max(1, min(turns, cdiv(4 * processors(z.device), blocks)))) * width
+        per_split = cdiv(turns, 1 if fixed else max(1, min(turns, cdiv(4 * processors(z.device), blocks)))) * width
         splits = cdiv(c, per_split)
         parts = None if splits == 1 else new_parts(out, n, splits)
         _logps_rows_kernel[(blocks, splits)](
@@ -312,8 +312,8 @@ def _rows(z, bias, inv_t, targets, stats, v0, scale, softcap) -> None:
         if parts is not None:
             merge_splits(parts, out)
 
-    block = sizes.rows if n >= _MANY_ROWS * processors(z.device) else sizes.few
-    if _launch.AUTOTUNE:
+    block = sizes.rows if n >= _MANY_ROWS * processors(z.device) and not fixed else sizes.few
+    if _launch.AUTOTUNE and not fixed:
         block = tuned(
             *("linear_logps rows", tile_shape(z), z.device, block, _CANDIDATES["rows"]),
             lambda b: run(b, [None if s is None else s.clone() for s in stats]),
@@ -349,7 +349,7 @@ def _columns(z, bias, inv_t, targets, stats, floor, columns, v0, scale, softcap,
         merge_splits(parts, stats)
 
 
-def tile_fwd(z, bias, inv_t, targets, stats, floor, columns, v0, scale, softcap) -> None:
+def tile_fwd(z, bias, inv_t, targets, stats, floor, columns, v0, scale, softcap, fixed=False) -> None:
     """Add one tile of logits to the running statistics of its rows, and where wanted bound its columns.
 
     The log bound of a column for each COLUMN_ROWS rows is their maximum of z - max(log-sum-exp of the tiles before this
@@ -366,13 +366,15 @@ def tile_fwd(z, bias, inv_t, targets, stats, floor, columns, v0, scale, softcap)
         columns: (ceil(n / COLUMN_ROWS), V), of which columns v0 to v0 + c are written, or None.
         v0: number of the tile's first column.
         scale, softcap: of the head.
+        fixed: a row's statistics are summed in one order, however many rows there are and with columns or without:
+            every tile by two looks.
     """
     with on_device(z):
-        if columns is None or v0 == 0:
-            _rows(z, bias, inv_t, targets, stats, v0, scale, softcap)
+        if columns is None or v0 == 0 or fixed:
+            _rows(z, bias, inv_t, targets, stats, v0, scale, softcap, fixed)
         if columns is not None:
             assert floor is not None
-            _columns(z, bias, inv_t, targets, stats, floor, columns, v0, scale, softcap, v0 != 0)
+            _columns(z, bias, inv_t, targets, stats, floor, columns, v0, scale, softcap, v0 != 0 and not fixed)
 
 
 def _forms(z: str, acc: str, full: bool, arch: str = "cuda:90") -> list[Signature]:

@@ -135,6 +135,13 @@ ROWS: list[Row] = [
         ValueError,
         "^logits_dtype: wanted None with float64",
     ),
+    ("batch_invariant a number", lambda: head(batch_invariant=1), TypeError, "^batch_invariant: wanted a bool"),
+    (
+        "batch_invariant of plain torch",
+        lambda: head(batch_invariant=True, backend="reference"),
+        ValueError,
+        "^batch_invariant: wanted False with backend",
+    ),
     ("unknown backend", lambda: head(backend="tpu"), ValueError, "^backend: .*'tpu'"),
     ("backend of another device", lambda: head(backend="cuda"), ValueError, "^backend: .*cuda"),
     (

@@ -223,11 +223,13 @@ class Op:
     args: tuple[Any, ...]
 
 
-def linear(dtype: torch.dtype, tau: float | None, entropy: bool, slopes: bool = False, wide: bool = False) -> Op:
+def linear(dtype: torch.dtype, tau: float | None, entropy: bool, *flags: bool) -> Op:
+    """flags: slopes, wide, fixed."""
+    slopes, wide, fixed = (*flags, *[False] * (3 - len(flags)))
     h, w, b = (draw(*s, dtype=dtype).requires_grad_(not (i and slopes)) for i, s in enumerate(((9, 4), (31, 4), (31,))))
     seed = None if tau is None else torch.tensor(7)
     head = (h, w, b, tokens(9, 31), None, seed, scalar(1.0), None, scalar(tau), None)
-    return Op(LINEAR, (*head, -100, entropy, entropy, slopes, wide, ROWS, "cpu"))
+    return Op(LINEAR, (*head, -100, entropy, entropy, slopes, wide, fixed, ROWS, "cpu"))
 
 
 def weighted(dtype: torch.dtype, tau: float | None) -> Op:
@@ -254,10 +256,11 @@ CHECKED = {
     "dpp_select": lambda: Op(torch.ops.qempo_fast.dpp_select, (draw(9, 8), 2, None, RAGGED, scalar(1.0), "reference")),
     "linear_logps, exact": lambda: linear(torch.float32, None, False),
     "linear_logps, exact entropy": lambda: linear(torch.float64, None, True),
-    "linear_logps, frozen head": lambda: linear(torch.float16, None, True, slopes=True),
-    "linear_logps, float32 logits": lambda: linear(torch.bfloat16, None, True, wide=True),
-    "linear_logps, float32 logits, sampled": lambda: linear(torch.bfloat16, 0.1, True, wide=True),
+    "linear_logps, frozen head": lambda: linear(torch.float16, None, True, True),
+    "linear_logps, float32 logits": lambda: linear(torch.bfloat16, None, True, False, True),
+    "linear_logps, float32 logits, sampled": lambda: linear(torch.bfloat16, 0.1, True, False, True),
     "linear_logps, float32 logits, frozen head": lambda: linear(torch.bfloat16, None, True, True, True),
+    "linear_logps, batch invariant": lambda: linear(torch.float32, None, True, False, False, True),
     "linear_logps, sampled": lambda: linear(torch.float32, 0.1, True),
     "weighted_logps": lambda: weighted(torch.float32, None),
     "weighted_logps, float16": lambda: weighted(torch.float16, None),

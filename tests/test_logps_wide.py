@@ -171,12 +171,13 @@ def test_a_sure_row_has_its_digits() -> None:
 
 
 def head() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
     x = make(replace(CASES[0], n=21, v=101), torch.bfloat16)
     return x.hidden, x.weight, x.targets
 
 
 def shards_keep_float32_logits(rank: int, world: int) -> None:
-    torch.manual_seed(1)
+
     hidden, weight, targets = head()
     mine = slice(0, 40) if rank == 0 else slice(40, 101)
     leaves = [hidden.requires_grad_(), weight[mine].detach().requires_grad_()]
@@ -193,13 +194,29 @@ def shards_keep_float32_logits(rank: int, world: int) -> None:
         close("gradient", leaf.grad.float(), whole.grad[part].float(), 2.0**-6 * float(whole.grad.abs().max()))
 
 
+def a_row_keeps_its_bits_on_shards(rank: int, world: int) -> None:
+    hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in head())
+    weight = weight[:40] if rank == 0 else weight[40:]
+    how = {"process_group": torch.distributed.group.WORLD, "batch_invariant": True}
+    whole = qf.linear_logps(hidden, weight, targets, **how).logps
+    for index in (torch.tensor([20]), torch.arange(20, 3, -1)):
+        assert torch.equal(qf.linear_logps(hidden[index], weight, targets[index], **how).logps, whole[index])
+
+
 def another_dtype_on_a_rank_is_refused(rank: int, world: int) -> None:
     how = WIDE if rank == 0 else {}
     group = torch.distributed.group.WORLD
     raises(ValueError, "^logits_dtype: wanted", lambda: qf.linear_logps(*head(), process_group=group, **how))
 
 
-CHECKS = {f.__name__: f for f in (shards_keep_float32_logits, another_dtype_on_a_rank_is_refused)}
+CHECKS = {
+    f.__name__: f
+    for f in (
+        shards_keep_float32_logits,
+        a_row_keeps_its_bits_on_shards,
+        another_dtype_on_a_rank_is_refused,
+    )
+}
 
 
 @pytest.fixture(scope="module")

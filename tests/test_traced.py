@@ -311,31 +311,34 @@ _BACKWARD = (
     [True, True, False],
     -100,
     False,
+    False,
     "cpu",
 )
 # Operators called by hand with what no public function lets through.
 DIRECT: dict[str, tuple[str, Callable[[], Any]]] = {
     "targets short": (
         "targets",
-        lambda: ops.linear_logps_fwd(H, W, None, T[:4], *[None] * 2, ONE, *[None] * 3, -100, *[False] * 4, 9, "cpu"),
+        lambda: ops.linear_logps_fwd(H, W, None, T[:4], *[None] * 2, ONE, *[None] * 3, -100, *[False] * 5, 9, "cpu"),
     ),
     "weight wide": (
         "weight",
-        lambda: ops.linear_logps_fwd(H, W[:, :5], None, T, *[None] * 2, ONE, *[None] * 3, -100, *[False] * 4, 9, "cpu"),
+        lambda: ops.linear_logps_fwd(H, W[:, :5], None, T, *[None] * 2, ONE, *[None] * 3, -100, *[False] * 5, 9, "cpu"),
     ),
     "a float32 number": (
         "logit_scale",
         lambda: ops.linear_logps_fwd(
-            H, W, None, T, *[None] * 2, ONE.float(), *[None] * 3, -100, *[False] * 4, 9, "cpu"
+            H, W, None, T, *[None] * 2, ONE.float(), *[None] * 3, -100, *[False] * 5, 9, "cpu"
         ),
     ),
     "a seed that is no integer": (
         "seed",
-        lambda: ops.linear_logps_fwd(H, W, None, T, None, ONE, ONE, *[None] * 3, -100, *[False] * 4, 9, "cpu"),
+        lambda: ops.linear_logps_fwd(H, W, None, T, None, ONE, ONE, *[None] * 3, -100, *[False] * 5, 9, "cpu"),
     ),
     "wide of float32": (
         "wide",
-        lambda: ops.linear_logps_fwd(H, W, None, T, *[None] * 2, ONE, *[None] * 3, -100, *[False] * 3, True, 9, "cpu"),
+        lambda: ops.linear_logps_fwd(
+            H, W, None, T, *[None] * 2, ONE, *[None] * 3, -100, *[False] * 3, True, False, 9, "cpu"
+        ),
     ),
     "lse flat": ("lse", lambda: ops.linear_logps_bwd(torch.ones(6), None, H, W, None, T, None, LSE[:, 0], *_BACKWARD)),
     "grad short": ("grad", lambda: ops.linear_logps_bwd(torch.ones(3), None, H, W, None, T, None, LSE, *_BACKWARD)),

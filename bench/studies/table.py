@@ -21,8 +21,12 @@ def record(path: Path, provenance: dict[str, Any], rows: Iterable[dict[str, Any]
 
 def write(path: Path, provenance: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Write {"provenance": ..., "rows": [...]}, numbers to seven digits."""
-    lines = ",\n".join(json.dumps(_short(row)) for row in rows)
-    path.write_text(f'{{"provenance": {json.dumps(_short(provenance))},\n"rows": [\n{lines}\n]}}\n')
+    lines = ",\n".join(map(_compact, rows))
+    path.write_text(f'{{"provenance":{_compact(provenance)},\n"rows":[\n{lines}\n]}}\n')
+
+
+def _compact(x: dict[str, Any]) -> str:
+    return json.dumps(_short(x), separators=(",", ":"))
 
 
 def _short(x: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ._forward import new_tile
-from ._gemm import add_product, factor_dtype, linear, product
+from ._gemm import add_product, factor_dtype, fixed, linear, product
 from ._head import HeadTensors, Kept, Logits, RowGrads, Tile, centre_of, part_of, tile_view
 from ._options import Options, TileSizes, accumulator
 from ._tile_pass import RowSum, TilePass
@@ -89,7 +89,7 @@ def backward(
     """
     # Where every chunk is past break-even nothing is sampled, and the exact path has the fewer passes over dweight.
     if not options.sampled or all(k.columns is None for k in kept):
-        size = tiles.sizes(False, head.hidden, options.wide)
+        size = tiles.sizes(False, head.hidden, options.wide, options.fixed)
         live, _ = _live(head, grads, size.rows, [])
         dh, dw, db = _exact(tiles, head, live, options, needs, size, logits)
         return _as_inputs(head, None if dh is None else _spread(dh, live, head.hidden), dw, db)
@@ -104,7 +104,7 @@ def sampled_rows(
     options: Options,
     needs: tuple[bool, bool, bool],
 ) -> Three:
-    size = tiles.sizes(True, head.hidden, options.wide)
+    size = tiles.sizes(True, head.hidden, options.wide, options.fixed)
     return _Sampled(tiles, head, grads, kept, options, needs, size).run()
 
 
@@ -121,7 +121,7 @@ def exact_rows(
 
     dhidden and dbias in the dtype of sums; dweight in weight's, or added to `into`, which is of sums.
     """
-    size, n = tiles.sizes(False, head.hidden, options.wide), len(grads.lse)
+    size, n = tiles.sizes(False, head.hidden, options.wide, options.fixed), len(grads.lse)
     parts = [slice(a, min(a + size.rows, n)) for a in range(0, n, size.rows)]
     chunks = [(i, _Rows(at.start, at, at, head.rows(at), grads.rows(at))) for i, at in enumerate(parts)]
     return _exact(tiles, head, _Live(chunks, None, n), options, needs, size, logits, into)
@@ -158,10 +158,13 @@ def _exact(
         total = None
         for rows in chunks:
             h = rows.head.hidden
-            z = _kept_or_again(logits, rows, v, w, tile_view(buffer, len(h), len(w), tiles.align), options.wide)
+            z = _kept_or_again(logits, rows, v, w, tile_view(buffer, len(h), len(w), tiles.align), options)
             z = _tile(tiles, z, rows, bias, None, rows.head.targets - v if v else rows.head.targets, options, None)
             if dh is not None:
-                add_product(dh[rows.at], z, w.t())
+                if options.fixed:
+                    dh[rows.at] += fixed(z, w.t(), wide=True)
+                else:
+                    add_product(dh[rows.at], z, w.t())
             if out is not None:
                 if into is not None:
                     add_product(out, z.t(), h.t())
@@ -184,11 +187,11 @@ def _spread(dh: torch.Tensor, live: _Live, hidden: torch.Tensor) -> torch.Tensor
 
 
 def _kept_or_again(
-    logits: Logits | None, rows: _Rows, v: int, w: torch.Tensor, out: torch.Tensor, wide: bool
+    logits: Logits | None, rows: _Rows, v: int, w: torch.Tensor, out: torch.Tensor, options: Options
 ) -> torch.Tensor:
     z = None if logits is None else logits.tiles.pop((rows.first, v), None)
     if z is None:
-        return linear(rows.head.hidden, w, out, wide)
+        return (fixed if options.fixed else linear)(rows.head.hidden, w, out, options.wide)
     return z if isinstance(rows.index, slice) else z[rows.index - rows.first]
 
 

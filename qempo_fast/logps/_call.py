@@ -64,6 +64,7 @@ def prepared(
     tau: float | None,
     process_group: ProcessGroup | None,
     logits_dtype: torch.dtype | None,
+    batch_invariant: bool,
     backend: str | None,
     also: Callable[[], None] = lambda: None,
 ) -> Call:
@@ -77,10 +78,14 @@ def prepared(
         _check.boolean("sum_sq", sum_sq)
         wide = _inputs.wide_logits(logits_dtype, hidden.dtype)
         inv_temperature = _inputs.inverse_temperature(temperature, targets, accumulator(hidden.dtype))
+        _check.boolean("batch_invariant", batch_invariant)
         name = _backends.choose("linear_logps", hidden.device, backend)
+        _inputs.orders_sums(batch_invariant, name)
         also()
     cap = None if softcap is None else float(softcap)
-    options = Options(float(logit_scale), cap, entropy, sum_sq, None, 0, process_group, wide=wide)
+    options = Options(
+        float(logit_scale), cap, entropy, sum_sq, None, 0, process_group, wide=wide, fixed=batch_invariant
+    )
     if wants_gradient(hidden, weight, bias):
         if tau is not None:
             options = replace(options, tau=float(tau))

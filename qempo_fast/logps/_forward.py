@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import stats as latest
-from ._gemm import linear
+from ._gemm import fixed, linear
 from ._head import Draw, HeadTensors, Kept, Logits, RowGrads, Tile, part_of, tile_view
 from ._options import Options, TileSizes, accumulator
 from ._pilots import MANY, Chosen, choose
@@ -64,7 +64,7 @@ def forward(
     n, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     acc, device = accumulator(head.hidden.dtype), head.hidden.device
     stats = RowStats.new(n, acc, device, options.entropy, options.sum_sq) if into is None else into
-    size = tiles.sizes(options.sampled, head.hidden, options.wide)
+    size = tiles.sizes(options.sampled, head.hidden, options.wide, options.fixed)
     width = min(size.columns, vocabulary)
     kind = options.logits_dtype(head.hidden)
     if logits is not None and not logits.fits(min(size.rows, n), width, kind.itemsize):
@@ -157,7 +157,7 @@ def _tiles(
         w = block.weight[v : v + size.columns]
         kept = logits if logits is not None and logits.fits(n, len(w), buffer.element_size()) else None
         to = new_tile(buffer, n, len(w), tiles.align, None if kept else buffer)
-        z = linear(block.hidden, w, to, options.wide)
+        z = (fixed if options.fixed else linear)(block.hidden, w, to, options.wide)
         bias = part_of(block.bias, v, v + len(w))
         for s in spans:
             tile = Tile(z[s.a : s.b], bias, s.head.inv_temperature, s.head.targets)

@@ -49,6 +49,12 @@ def wide_logits(logits_dtype: Any, dtype: torch.dtype) -> bool:
     return dtype != torch.float32
 
 
+def orders_sums(batch_invariant: bool, backend: str) -> None:
+    """Torch's sum over a row may be shared by threads, and in another order for other numbers of rows."""
+    if batch_invariant and backend == "reference":
+        _check.bad_value("batch_invariant", "False with backend 'reference'", batch_invariant)
+
+
 def shaped(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     return None if x is None else x.reshape(like.shape)
 

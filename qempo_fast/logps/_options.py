@@ -35,7 +35,8 @@ class Options:
     """The gradient is sampled at threshold tau, or at one that adds the relative error; both None: exact.
 
     An exact one may keep so many bytes of logits, or with slopes is made in the forward; seed drives a sampled one.
-    wide: hidden is of half precision, and its logits are float32 until the softmax. lse: return it too.
+    wide: hidden is of half precision, and its logits are float32 until the softmax. lse: return it too. fixed: a row's
+    results depend on no other row, to the bit.
     """
 
     logit_scale: float
@@ -50,6 +51,7 @@ class Options:
     slopes: bool = False
     wide: bool = False
     lse: bool = False
+    fixed: bool = False
 
     @property
     def sampled(self) -> bool:

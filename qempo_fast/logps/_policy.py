@@ -5,7 +5,7 @@ docs/linear_logps_gpu.md derives the numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ._options import TileSizes, break_even
 
@@ -61,6 +61,13 @@ class Policy:
         total = 0 if size > 2 else max(COLUMNS, self.total // (4 * width) // COLUMNS * COLUMNS)
         columns, kept = self._columns(min(block, rows), logit), max(COLUMNS, kept)
         return TileSizes(block, columns, self.chunk, kept, total, self.break_even(chunk, size))
+
+    def fixed(self, size: TileSizes, logit: int) -> TileSizes:
+        """size with columns that depend on no number of rows, and are sampled's too: as many as a quarter of a tile's
+        rows leave room for, with which GEMMs of few rows still fill a GPU.
+        """
+        rows = max(1, self.rows // 4)
+        return replace(size, rows=size.chunk if size.shared else rows, columns=self._columns(rows, logit))
 
     def break_even(self, rows: int, size: int) -> float:
         """Kept share f at which a chunk of rows costs as much sampled as exact; size: bytes of an element.

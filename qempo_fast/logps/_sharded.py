@@ -24,6 +24,7 @@ _SAME = {
     "lse": "the same choice, and of columns",
     "grad": "sampled without tau on every rank or on none",
     "logits_dtype": "the same choice",
+    "batch_invariant": "the same choice",
 }
 # Numbers in the one all-gather of each call: columns, rows, _SAME, checksums of targets and what else has rows.
 _HEADER = 7 + len(_SAME)
@@ -99,7 +100,7 @@ def shard_range(
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     settings = (
         *((hidden.dtype, hidden.shape[1], wanted), bias is None, options.logit_scale, options.softcap),
-        *(int(ignore_index), options.entropy, options.sum_sq, options.lse, options.error, options.wide),
+        *(int(ignore_index), options.entropy, options.sum_sq, options.lse, options.error, options.wide, options.fixed),
     )
     numbers = [vocabulary, len(targets), *_collective.words(dict(zip(_SAME, settings, strict=True)))]
     mine = torch.tensor(numbers, dtype=torch.int64, device=targets.device)

@@ -71,8 +71,13 @@ class TilePass(ABC):
     together = False
 
     @abstractmethod
-    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False) -> TileSizes:
-        """Rows and columns of the logits buffer for these rows; without them of one chunk. wide: of float32."""
+    def sizes(
+        self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False, fixed: bool = False
+    ) -> TileSizes:
+        """Rows and columns of the logits buffer for these rows; without them of one chunk. wide: of float32.
+
+        fixed: tiles have so many columns whatever the rows, sampled or not.
+        """
 
     def ordered(self, hidden: torch.Tensor, vocabulary: int) -> bool:
         """Whether a sampled step of these rows gains more by their order than that takes to be found."""

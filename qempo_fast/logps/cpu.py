@@ -77,12 +77,15 @@ class CpuPass(TilePass):
 
     name = "cpu"
 
-    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False) -> TileSizes:
+    def sizes(
+        self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False, fixed: bool = False
+    ) -> TileSizes:
         if not sampled:
             return EXACT
+        size = replace(SAMPLED, columns=EXACT.columns, kept=SAMPLED.kept_columns) if fixed else SAMPLED
         if hidden is None or not SAMPLED.block:
-            return SAMPLED
-        return replace(SAMPLED, block=min(SAMPLED.block, max(1, BLOCK_ENTRIES // max(1, hidden.shape[1]))))
+            return size
+        return replace(size, block=min(SAMPLED.block, max(1, BLOCK_ENTRIES // max(1, hidden.shape[1]))))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         # In huge pages where the system gives them.

@@ -40,6 +40,7 @@ def linear_logps(
     columns: torch.Tensor | None = None,
     lse: bool = False,
     logits_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> TokenLogps | TokenScores:
     """Log-probs of target tokens straight from hidden states and the output head; the logits are never kept.
@@ -77,6 +78,8 @@ def linear_logps(
         lse: return logsumexp(z) too. With columns or lse the result is a TokenScores.
         logits_dtype: torch.float32 keeps half precision's logits in float32 until the softmax, forward and backward;
             None: they are rounded to the dtype of hidden, as a model gives them.
+        batch_invariant: a row's outputs, and its exact gradient of hidden, do not depend, to the bit, on the rows that
+            come with it (docs/linear_logps.md says of which GEMMs that was seen); not with backend="reference".
         backend: "cpu", "reference", ... (see backends()); None chooses.
 
     Returns:
@@ -97,10 +100,13 @@ def linear_logps(
             if grad == "sampled" or tau is not None:
                 wanted = "None where the gradient is sampled (kept sets leave nothing to drop)"
                 _check.bad_value("support", wanted, grad)
+        if batch_invariant and (support is not None or columns is not None or lse):
+            # Their products are summed as it comes, in the cheapest of three ways.
+            _check.bad_value("batch_invariant", "False with support, columns or lse", True)
 
     call = prepared(
         *(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, entropy, sum_sq),
-        *(grad, tau, process_group, logits_dtype, backend, also),
+        *(grad, tau, process_group, logits_dtype, batch_invariant, backend, also),
     )
     options = call.options
     frozen = wants_gradient(call.hidden) and not wants_gradient(call.weight, call.bias)
@@ -146,7 +152,7 @@ def _traced(call: Call) -> Scored:
     logps, h, ss, lse, *_ = op.linear(
         *(hidden, weight, bias, targets, inv_temperature, drawn),
         *map(scalar, (options.logit_scale, options.softcap, options.tau, options.error)),
-        *(ignore_index, options.entropy, options.sum_sq, options.slopes, options.wide),
+        *(ignore_index, options.entropy, options.sum_sq, options.slopes, options.wide, options.fixed),
         *(op.chunk_rows(hidden.device, name), name),
     )
     counted = targets != ignore_index

@@ -17,7 +17,7 @@ from ..reference.segments import spread
 from . import _logits
 from ._function import arranged, backward, forward, head_of, live_rows, pick, scatter
 from ._head import Kept
-from ._inputs import check_values
+from ._inputs import check_values, orders_sums
 from ._options import Options, accumulator
 from ._slopes import Slopes, slopes_dtype
 
@@ -88,12 +88,13 @@ def options_of(
     seed: int,
     slopes: bool = False,
     wide: bool = False,
+    fixed: bool = False,
 ) -> Options:
     cap = None if softcap is None else number("softcap", softcap)
     keep = None if tau is None else number("tau", tau)
     most = None if error is None else number("error", error)
     head = (number("logit_scale", scale), cap, entropy, sum_sq, keep, seed, None)
-    return Options(*head, error=most, slopes=slopes, wide=wide)
+    return Options(*head, error=most, slopes=slopes, wide=wide, fixed=fixed)
 
 
 # Both read sizes from the device: a captured graph would keep those of its first run, and capturing fails.
@@ -117,6 +118,7 @@ def linear_logps_fwd(
     sum_sq: bool,
     slopes: bool,
     wide: bool,
+    fixed: bool,
     chunk: int,
     backend: str,
 ) -> _Eight:
@@ -129,6 +131,7 @@ def linear_logps_fwd(
     """
     check_rows("hidden", hidden, targets, inv_temperature, {})
     check_head(hidden, weight, bias, wide)
+    orders_sums(fixed, backend)
     _check.integer("chunk", chunk, low=1)
     if slopes and not (tau is None and error is None):
         _check.bad_value("slopes", "False where the gradient is sampled", slopes)
@@ -138,7 +141,7 @@ def linear_logps_fwd(
     if seed is not None:
         _check.tensor("seed", seed, dtypes=(torch.int64,), shape=())
     drawn = 0 if seed is None else int(seed)
-    options = options_of(logit_scale, softcap, tau, error, entropy, sum_sq, drawn, slopes, wide)
+    options = options_of(logit_scale, softcap, tau, error, entropy, sum_sq, drawn, slopes, wide, fixed)
     tiles = _backends.kernel("linear_logps", hidden.device, backend)()
     live = arranged(hidden, vocabulary, live, tiles, options)
     head = head_of(hidden, weight, bias, targets, inv_temperature, live)
@@ -171,6 +174,7 @@ def _(
     sum_sq: bool,
     slopes: bool,
     wide: bool,
+    fixed: bool,
     chunk: int,
     backend: str,
 ) -> Any:
@@ -208,6 +212,7 @@ def linear_logps_bwd(
     needs: list[bool],
     ignore_index: int,
     wide: bool,
+    fixed: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     h = None if grad_entropy is None else entropy
@@ -216,7 +221,7 @@ def linear_logps_bwd(
     check_head(hidden, weight, bias, wide)
     check_values(targets, weight.shape[0], inv_temperature, ignore_index)
     live = live_rows(targets != ignore_index)
-    options = options_of(logit_scale, softcap, tau, error, grad_entropy is not None, False, 0, wide=wide)
+    options = options_of(logit_scale, softcap, tau, error, grad_entropy is not None, False, 0, wide=wide, fixed=fixed)
     if options.sampled:
         _check.tensor("order", order, dtypes=(torch.int64,), shape=hidden.shape[:1], device=hidden.device)
         live = order[: len(order) if live is None else len(live)]
@@ -259,11 +264,11 @@ def _(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *head, _, scale, softcap, tau, error, ignore_index, entropy, _, _, wide, _, backend = inputs
+    *head, _, scale, softcap, tau, error, ignore_index, entropy, _, _, wide, fixed, _, backend = inputs
     _, h, sum_sq, *kept = output
     lse, *rest = kept
     ctx.save_for_backward(*head, lse, h, *rest, scale, softcap, tau, error)
-    ctx.entropy, ctx.settings = entropy, (ignore_index, wide, backend)
+    ctx.entropy, ctx.settings = entropy, (ignore_index, wide, fixed, backend)
     ctx.mark_non_differentiable(sum_sq, *kept)
     # Zeros for an entropy that nobody differentiates would be a gradient of it, for which the logits are made again.
     ctx.set_materialize_grads(False)
@@ -277,7 +282,7 @@ def _linear_backward(ctx: Any, grad: _Optional, grad_entropy: _Optional, *_: Any
     with torch.no_grad():
         three = linear_logps_bwd(grad, of_entropy, *saved, needs, *ctx.settings)
     grads = [g if need else None for g, need in zip(three, needs, strict=True)]
-    return *once("linear_logps", grads, (grad, of_entropy, *saved[:3])), *[None] * 14
+    return *once("linear_logps", grads, (grad, of_entropy, *saved[:3])), *[None] * 15
 
 
 linear = differentiable(linear_logps_fwd, _linear_setup, _linear_backward)

@@ -23,7 +23,9 @@ class TorchPass(TilePass):
 
     name = "reference"
 
-    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False) -> TileSizes:
+    def sizes(
+        self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False, fixed: bool = False
+    ) -> TileSizes:
         return TileSizes(512, 8192) if sampled else TileSizes(2048, 16384)
 
     def new_columns(self, vocabulary: int, like: RowStats) -> torch.Tensor:

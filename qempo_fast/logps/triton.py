@@ -85,13 +85,16 @@ class TritonPass(TilePass):
     align = 8
     together = True
 
-    def sizes(self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False) -> TileSizes:
+    def sizes(
+        self, sampled: bool, hidden: torch.Tensor | None = None, wide: bool = False, fixed: bool = False
+    ) -> TileSizes:
         # Without rows the current device's: the GPUs of one process are of one kind.
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if hidden is None else hidden.device
         policy = _policy(device)
         rows, width, size = (policy.chunk, 1, 2) if hidden is None else (*hidden.shape, hidden.element_size())
         logit = 4 if wide else size
-        return policy.sampled(rows, width, size, COLUMN_ROWS, logit) if sampled else policy.exact(rows, logit)
+        found = policy.sampled(rows, width, size, COLUMN_ROWS, logit) if sampled else policy.exact(rows, logit)
+        return policy.fixed(found, logit) if fixed else found
 
     def ordered(self, hidden: torch.Tensor, vocabulary: int) -> bool:
         return _policy(hidden.device).ordered(2 * hidden.numel() * vocabulary, hidden.element_size())
@@ -121,7 +124,7 @@ class TritonPass(TilePass):
     ) -> None:
         if columns is not None:
             columns = columns[: -(-len(tile.z) // COLUMN_ROWS)]
-        tile_fwd(*tile, _vectors(stats), floor, columns, v0, options.logit_scale, options.softcap)
+        tile_fwd(*tile, _vectors(stats), floor, columns, v0, options.logit_scale, options.softcap, options.fixed)
 
     def fused(
         self,
@@ -133,7 +136,8 @@ class TritonPass(TilePass):
     ) -> bool:
         """Statistics and column bounds of a row chunk over all columns in one launch; False to run tiles."""
         hidden, weight = chunk.hidden, chunk.weight
-        if hidden.dtype == torch.float64 or not hidden.numel():
+        # How many programs share the vocabulary depends on the rows.
+        if hidden.dtype == torch.float64 or not hidden.numel() or options.fixed:
             return False
         if hidden.dtype == torch.float32 and _tf32():
             return False

@@ -83,7 +83,7 @@ def weighted_logps(
     sums = entropy or coef_entropy is not None
     call = prepared(
         *(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, sums, False),
-        *(grad, tau, process_group, logits_dtype, backend, also),
+        *(grad, tau, process_group, logits_dtype, False, backend, also),
     )
     acc = accumulator(call.hidden.dtype)
     flat = [None if x is None else x.reshape(-1).to(acc) for x in (coef, coef_entropy)]

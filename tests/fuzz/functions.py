@@ -14,7 +14,7 @@ import qempo_fast as qf
 from qempo_fast import metrics, packing
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SETTINGS = ("backend", "grad", "tau", "logits_dtype")
+_SETTINGS = ("backend", "grad", "tau", "logits_dtype", "batch_invariant")
 
 
 class Draw:
@@ -99,6 +99,7 @@ def _head(d: Draw, *rows: int) -> dict[str, Any]:
     x["backend"] = d.of(None, None, None, "cpu", "reference")
     if d.dtype != torch.float64 and d.of(True, False, False):
         x["logits_dtype"] = torch.float32
+    x["batch_invariant"] = x["backend"] != "reference" and d.of(True, False, False)
     return x
 
 

@@ -103,6 +103,7 @@ def _linear(seed: int) -> dict[str, Any]:
         "error": None,
         "slopes": d.of(True, False),
         "wide": d.dtype.itemsize == 2 and d.of(True, False),
+        "fixed": d.of(True, False, False),
         "chunk": 1024,
         "backend": "cpu",
     }
@@ -119,7 +120,7 @@ def _logits(seed: int) -> dict[str, Any]:
 
 def _support(seed: int) -> dict[str, Any]:
     x = _linear(seed)
-    drop = ("seed", "tau", "error", "slopes", "chunk")
+    drop = ("seed", "tau", "error", "slopes", "fixed", "chunk")
     sets = functions._support(Draw(seed), x["targets"], len(x["weight"]))
     return {**{name: v for name, v in x.items() if name not in drop}, **sets}
 
@@ -162,7 +163,7 @@ def _backward_linear(seed: int) -> dict[str, Any]:
 
 def _weighted(seed: int) -> dict[str, Any]:
     x, d = _linear(seed), Draw(seed + 1)
-    for name in ("sum_sq", "slopes", "chunk"):
+    for name in ("sum_sq", "slopes", "fixed", "chunk"):
         del x[name]
     n, wide = len(x["hidden"]), _wide(x["hidden"].dtype)
     x |= {"coef": d.floats(n, dtype=wide), "coef_entropy": d.of(None, d.floats(n, dtype=wide))}
