@@ -169,6 +169,7 @@ ROWS: list[Row] = [
     ("column past V", lambda: head(columns=torch.full((4, 2), 7)), ValueError, r"^columns: .*\[0, 7\).*got 7"),
     ("negative column", lambda: head(columns=torch.full((4, 2), -1)), ValueError, "^columns: .*got -1"),
     ("columns elsewhere", lambda: head(columns=torch.zeros(4, 2, device="meta").long()), ValueError, "^columns: "),
+    ("batch_invariant with lse", lambda: head(batch_invariant=True, lse=True), ValueError, "^batch_invariant: "),
     ("lse a number", lambda: head(lse=1), TypeError, "^lse: "),
     (
         "columns of sequences",

@@ -166,12 +166,13 @@ def _tracked() -> list[Path]:
 
 
 def test_results_pictures_and_the_checkout_stay_small() -> None:
-    """The table has thousands of lines and not tens of thousands, and a clone is 5 MB at most."""
+    """The table has thousands of lines and not tens of thousands, and a clone is 5.5 MB at most, a fifth of it
+    pictures."""
     tracked = _tracked()
     counted = [path for path in tracked if results.FOLDER in path.parents or path.suffix == ".svg"]
     assert results.FOLDER / "cpu.jsonl" in counted
     assert sum(len(path.read_text().splitlines()) for path in counted) < 15_000
-    assert sum(path.stat().st_size for path in tracked) < 5_000_000
+    assert sum(path.stat().st_size for path in tracked) < 5_500_000
     assert len((ROOT / "docs" / "benchmarks.md").read_text().splitlines()) < 200
 
 

@@ -109,6 +109,7 @@ def linear_logps(seed: int) -> dict[str, Any]:
     if d.of(True, False, False):
         x["columns"] = _targets(d, len(x["weight"]), *x["targets"].shape, d.size(1, 3))
     x["lse"] = d.of(True, False, False)
+    x["batch_invariant"] = x["batch_invariant"] and "columns" not in x and not x["lse"]
     return x
 
 
@@ -129,7 +130,7 @@ def weighted_logps(seed: int) -> dict[str, Any]:
     d = Draw(seed)
     rows = d.of((d.size(),), (d.size(),), (2, d.size(0, 4)))
     head = _head(d, *rows)
-    del head["sum_sq"]
+    del head["sum_sq"], head["batch_invariant"]
     return {**head, **_weights(d, *rows)}
 
 
@@ -137,7 +138,7 @@ def weighted_sequence_logps(seed: int) -> dict[str, Any]:
     d = Draw(seed)
     sizes = _sizes(d, 0)
     head = _head(d, sum(sizes))
-    del head["sum_sq"]
+    del head["sum_sq"], head["batch_invariant"]
     return {**head, "cu_seqlens": d.offsets(*sizes), "average": d.of(True, False), **_weights(d, len(sizes))}
 
 
@@ -163,7 +164,7 @@ def kept_sets(seed: int) -> dict[str, Any]:
     d = Draw(seed)
     x = _head(d, *d.of((d.size(),), (2, d.size(0, 4))))
     sets = _support(d, x["targets"], len(x["weight"]))
-    return {**{name: v for name, v in x.items() if name not in ("grad", "tau")}, **sets}
+    return {**{name: v for name, v in x.items() if name not in ("grad", "tau", "batch_invariant")}, **sets}
 
 
 def _over_sets(function: Callable[..., Any]) -> Callable[..., Any]:
