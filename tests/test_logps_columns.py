@@ -185,7 +185,9 @@ def test_one_graph_gives_the_same(more: dict[str, Any], dtype: torch.dtype, sets
         loss = function(*leaves, columns)
         found.append([loss, *torch.autograd.grad(loss, leaves)])
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 0.1)
+        torch.testing.assert_close(
+            a, b, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-4 if dtype == torch.float32 else 0.2
+        )
 
 
 def test_under_func_transforms() -> None:

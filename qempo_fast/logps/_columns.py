@@ -237,7 +237,10 @@ def composed(call: Call, out: Scored, columns: _Optional, support: Support | Non
     if columns is None:
         return lse, None
     sound, wanted = sound[:, 1:], wanted[:, 1:]
-    picked = (z[:, 1:] - lse.unsqueeze(1)).masked_fill(wanted & ~sound, torch.nan)
+    # The target's own column is its log-prob, value and gradient: two products that cancel leave their rounding.
+    same = ids[:, 1:] == ids[:, :1]
+    picked = torch.where(same, out.logps.unsqueeze(1), z[:, 1:] - lse.unsqueeze(1))
+    picked = picked.masked_fill(wanted & ~sound, torch.nan)
     if support is not None:
         picked = picked.masked_fill(sound & _outside(columns.where(sound, 0), support, vocabulary), -torch.inf)
     return lse, picked.where(wanted, 0.0)

@@ -103,11 +103,17 @@ def _sum(coef: torch.Tensor, values: torch.Tensor, counted: torch.Tensor) -> tor
 
 
 def of_coefficients(
-    grad: torch.Tensor, values: tuple[torch.Tensor, _Optional], needs: tuple[bool, bool]
+    grad: torch.Tensor,
+    coefficients: tuple[torch.Tensor, _Optional],
+    values: tuple[torch.Tensor, _Optional],
+    needs: tuple[bool, bool],
 ) -> list[_Optional]:
     """Gradients of the coefficients of values: the loss is linear in both."""
-    finite = (None if x is None else x.where(x.isfinite(), 0.0) for x in values)
-    return [x * grad if need and x is not None else None for x, need in zip(finite, needs, strict=True)]
+    out: list[_Optional] = []
+    for c, x, need in zip(coefficients, values, needs, strict=True):
+        known = None if c is None or x is None else x.where((c != 0) | x.isfinite(), 0.0)
+        out.append(known * grad if need and known is not None else None)
+    return out
 
 
 def _in_order(

@@ -120,7 +120,7 @@ class CpuPass(TilePass):
     ) -> None:
         z, bias, inv_temperature, targets = tile
         if z.dtype == torch.float16:
-            z = z.float()
+            z = z.to(torch.float32, memory_format=torch.contiguous_format)  # a view may overlap itself
         (n, c), acc, threads = z.shape, accumulator(z.dtype), torch.get_num_threads()
         vocabulary = 0 if columns is None else columns.shape[1]
         _C.logps_fwd(
@@ -150,7 +150,7 @@ class CpuPass(TilePass):
         if inverse is not None:
             z = z[:, : len(inverse)]  # what is behind has a gradient of 0 already
         if z.dtype == torch.float16:
-            wide = z.float()
+            wide = z.to(torch.float32, memory_format=torch.contiguous_format)
             self.backward(tile._replace(z=wide), grads, inverse, row_sum, options)
             z.copy_(wide)
             return

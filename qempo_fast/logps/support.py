@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _check
+from .._door import dense
 
 # Entries of a block of logits that from_logits sorts at once: 64 MiB in float32, four times over.
 _ENTRIES = 2**24
@@ -188,7 +189,7 @@ def check(support: Any, rows: int, device: torch.device) -> None:
     _check.tensor("support.offsets", support.offsets, dtypes=_check.INTS, shape=(rows + 1,), device=device)
     _check.offsets("support.offsets", support.offsets, len(support.ids))
     if _check.readable(support.ids):
-        _distinct(support)
+        _distinct(Support(dense("support.ids", support.ids), dense("support.offsets", support.offsets)))
 
 
 def check_ids(support: Support, vocabulary: int) -> None:

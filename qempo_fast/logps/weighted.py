@@ -165,7 +165,7 @@ class _Function(torch.autograd.Function):
             ]
             if last:
                 ctx.made = [None] * 3
-            grads += of_coefficients(grad, (logps, entropy), ctx.needs_input_grad[3:5])
+            grads += of_coefficients(grad, (saved[3], saved[4]), (logps, entropy), ctx.needs_input_grad[3:5])
         return *once("weighted_logps", grads, (grad, *saved)), None, None, None
 
 

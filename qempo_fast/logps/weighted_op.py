@@ -96,7 +96,7 @@ def _backward(ctx: Any, grad: Any, *_: Any) -> tuple[Any, ...]:
         for x, made, need in zip(inputs[:3], (dh, dw, db), needs[:3], strict=True)
     ]
     with torch.no_grad():
-        grads += of_coefficients(grad, (logps, entropy), (needs[5], needs[6]))
+        grads += of_coefficients(grad, (inputs[3], inputs[4]), (logps, entropy), (needs[5], needs[6]))
     done = once("weighted_logps", grads, (grad, *inputs))
     return *done[:3], None, None, *done[3:], *[None] * 12
 

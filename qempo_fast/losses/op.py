@@ -54,6 +54,11 @@ def _check_tensors(named: dict[str, Any]) -> None:
     """Tensors that a graph, or anyone, hands to an operator: what the public functions see to."""
     name, first = next(iter(named.items()))
     _check.tensor(name, first, dtypes=(torch.float32, torch.float64), ndim=1)
+    # One of a pair's references without the other was an address of nothing in native code.
+    refs = {name: x for name, x in named.items() if name.startswith("ref_")}
+    missing = [name for name, x in refs.items() if x is None]
+    if 0 < len(missing) < len(refs):
+        _check.bad_value(missing[0], "a tensor, as the other references are, or no reference at all", None)
     for name, x in named.items():
         if x is None:
             continue

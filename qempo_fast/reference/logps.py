@@ -76,15 +76,19 @@ def _column(temperature: float | torch.Tensor) -> float | torch.Tensor:
     return temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature
 
 
-def _kept_alone(z: torch.Tensor, support: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """z (..., V) with -inf outside of each position's set ids[offsets[i] : offsets[i + 1]]."""
+def _kept(z: torch.Tensor, support: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor | None:
+    """Like z (..., V) True in each position's set ids[offsets[i] : offsets[i + 1]]; None for all."""
     if support is None:
-        return z
+        return None
     ids, offsets = (x.long() for x in support)
     rows = torch.arange(len(offsets) - 1, device=z.device, dtype=torch.int64).repeat_interleave(offsets.diff())
     keep = torch.zeros(len(offsets) - 1, z.shape[-1], dtype=torch.bool, device=z.device)
     keep[rows, ids] = True
-    return z.masked_fill(~keep.view(z.shape), -torch.inf)
+    return keep.view(z.shape)
+
+
+def _alone(z: torch.Tensor, keep: torch.Tensor | None, fill: float) -> torch.Tensor:
+    return z if keep is None else z.masked_fill(~keep, fill)
 
 
 def _from_scores(z: torch.Tensor, targets: torch.Tensor, ignore_index: int, entropy: bool, sum_sq: bool) -> TokenLogps:
@@ -116,7 +120,7 @@ def logps_from_logits(
 ) -> TokenLogps:
     """log softmax(logits / temperature) at targets, over support's sets; half precision is computed in float32."""
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    z = _kept_alone(wide / _column(temperature), support)
+    z = _alone(wide / _column(temperature), _kept(wide, support), -torch.inf)
     return _from_scores(z, targets, ignore_index, entropy, sum_sq=False)
 
 
@@ -150,8 +154,11 @@ def linear_logps(
     raw = torch.nn.functional.linear(hidden, weight, bias)
     if raw.dtype in (torch.float16, torch.bfloat16):
         raw = raw.float()
+    keep = _kept(raw, support)
+    # Before the cap too: the gradient of what is dropped is 0 there, and 0 times the slope of a NaN is NaN.
+    raw = _alone(raw, keep, 0.0)
     z = finish_head(raw, logit_scale=logit_scale, softcap=softcap, temperature=_column(temperature))
-    z = _kept_alone(z, support)
+    z = _alone(z, keep, -torch.inf)
     tokens = _from_scores(z, targets, ignore_index, entropy, sum_sq)
     if columns is None and not lse:
         return tokens
