@@ -210,7 +210,7 @@ def test_the_trl_page_tells_which_gradient_a_trainer_takes(
 
     from qempo_fast.integrations.trl import GroupTrainer, use_fused_logps
 
-    plain, seen = qf.linear_logps, []
+    plain, seen = qf.weighted_logps, []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         out = plain(*args, **kwargs)
@@ -219,7 +219,7 @@ def test_the_trl_page_tells_which_gradient_a_trainer_takes(
             seen.append((args[1].dtype, stats.tau if stats.error is None else "chosen"))
         return out
 
-    monkeypatch.setattr(qf, "linear_logps", watched)
+    monkeypatch.setattr(qf, "weighted_logps", watched)
     config = trl_models.grpo_config(tmp_path, max_steps=1, bf16=True)
     with use_fused_logps(grad=outer) if outer else contextlib.nullcontext():
         GroupTrainer(
