@@ -91,7 +91,7 @@ def _right(rows: list[dict[str, Any]]) -> None:
     assert tests["passed"] == tests["done"] > 0
     assert {r["item"]: r["status"] for r in of(rows, "program")} == {"kernels/triton": 0, "tests": 0}
     smoke = of(rows, "smoke", what="fullgraph")
-    assert len(smoke) == 9
+    assert len(smoke) == 14
     assert all(r["error"] <= 1e-4 for r in smoke)
     assert all("no GPU" in r["reason"] for r in of(rows, "smoke", what="graph"))
     assert {r["what"] for r in of(rows, "stress", different=0)} >= {"sampled step", "rspo ragged", "grpo"}

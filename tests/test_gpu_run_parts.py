@@ -362,7 +362,7 @@ def test_the_profilers_names_are_the_kernels() -> None:
 def test_the_tests_of_the_first_call_are_there() -> None:
     """And `make standin` has them, but for the launches of the stress, of which nothing is seen where none runs."""
     makefile = (ROOT / "Makefile").read_text()
-    files = re.search(r"foreach f,([\w ]+),", makefile)[1].split()
+    files = re.search(r"foreach f,([\w \\\n\t]+),", makefile)[1].replace("\\", "").split()
     done = python(
         f"files = {[f'test_{f}' for f in files]!r}\n"
         "from gpu import first\n"

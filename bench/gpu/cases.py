@@ -39,8 +39,9 @@ SAMPLED = ("qempo_fast sampled 2^-7", "qempo_fast sampled", "qempo_fast sampled 
 PEERS = (
     "plain torch", "TRL ChunkedLogProbFunction", "cut-cross-entropy cce", FALLBACK, "Liger native",
 )  # fmt: skip
-HEADLINE = ("qempo_fast exact", "qempo_fast exact, logits kept", *SAMPLED, CHOSEN, *PEERS)
-OURS_AND_PLAIN = ("qempo_fast exact", CHOSEN, "plain torch")
+KNOWN = "qempo_fast known weights"
+HEADLINE = ("qempo_fast exact", "qempo_fast exact, logits kept", KNOWN, *SAMPLED, CHOSEN, *PEERS)
+OURS_AND_PLAIN = ("qempo_fast exact", KNOWN, CHOSEN, "plain torch")
 
 
 class Group(NamedTuple):

@@ -61,6 +61,17 @@ def ops(device: str) -> dict[str, tuple[Function, Tensors]]:
     def linear(h: torch.Tensor, w: torch.Tensor, **mode: Any) -> torch.Tensor:
         return (qf.linear_logps(h, w, targets, **mode).logps * weights).sum()
 
+    def columns(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        out = qf.linear_logps(
+            h, w, targets, columns=targets.unsqueeze(1) // torch.arange(1, 4, device=device), lse=True
+        )
+        return out.columns.sum() + out.lse.square().sum()
+
+    halves = tuple(x.to(torch.bfloat16) for x in head)
+    sets = qf.Support.from_mask(
+        (torch.arange(v) % 7 == 0).to(device) | (targets.unsqueeze(1) == torch.arange(v).to(device))
+    )
+
     def dpp(x: torch.Tensor) -> torch.Tensor:
         out = qf.dpp_gains(x)
         return out.gains.square().sum() + out.logdet.sum()
@@ -70,6 +81,11 @@ def ops(device: str) -> dict[str, tuple[Function, Tensors]]:
         "linear_logps frozen head": (lambda h: linear(h, head[1]), head[:1]),
         # Under every column's bound: the sampled kernels with the exact answer.
         "linear_logps sampled": (functools.partial(linear, grad="sampled", tau=1e-30), head),
+        "linear_logps float32 logits": (functools.partial(linear, logits_dtype=torch.float32), halves),
+        "linear_logps batch invariant": (functools.partial(linear, batch_invariant=True), head),
+        "linear_logps columns": (columns, head),
+        "linear_logps kept sets": (functools.partial(linear, support=sets), head),
+        "weighted_logps": (lambda h, w: qf.weighted_logps(h, w, targets, weights, coef_entropy=old).loss, head),
         "logps_from_logits": (
             lambda z: (qf.logps_from_logits(z * 1.0, targets)[0] * weights).sum(),
             (_draw(device, n, v, seed=4),),

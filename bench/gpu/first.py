@@ -22,6 +22,7 @@ TESTS: dict[str, str] = {
     "test_kernels": "segment_sum",
     "test_logps_triton": "",
     "test_logps_support_triton": "",
+    "test_logps_wide_triton": "",
     "test_logps_tiles": "",
     "test_dpp_triton": "",
     "test_losses_triton": "",

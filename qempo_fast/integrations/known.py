@@ -84,8 +84,9 @@ class _Foretold(torch.autograd.Function):
         if not len(c):
             return grad.new_zeros(()), None, None, None
         # By the largest, as the others' share in it has the fewest digits.
-        largest = c.abs().argmax()
-        scale = torch.where(c[largest] == 0, 0.0, g[largest] / c[largest])
+        largest = c.abs().argmax().reshape(1)  # an index of one number would be read
+        at_most, arrived = c.index_select(0, largest), g.index_select(0, largest)
+        scale = torch.where(at_most == 0, 0.0, arrived / at_most).squeeze(0)
         fits = (g - scale * c).abs().amax() <= _TOLERANCE * g.abs().amax()
         if grad.device.type == "cpu" and not bool(fits) and bool(g.isfinite().all()):
             wanted = "those of the loss, up to one factor (known_coefficients)"
