@@ -194,17 +194,17 @@ def judge(
 def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 64 columns, and a sampled gradient that drops columns whatever their number."""
     for module in (pass_cpu.CpuPass, pass_reference.TorchPass):
-        monkeypatch.setattr(module, "sizes", lambda self, sampled, hidden=None: TileSizes(32, 64))
+        monkeypatch.setattr(module, "sizes", lambda self, *_: TileSizes(32, 64))
     always_sampled(monkeypatch)
 
 
 def always_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = _forward._kept
+    kept = _forward.kept_of
 
     def some(index: torch.Tensor, inverse: torch.Tensor, expected: float, most: float) -> Any:
         return kept(index, inverse, expected, most if math.isinf(expected) else INF)
 
-    monkeypatch.setattr(_forward, "_kept", some)
+    monkeypatch.setattr(_forward, "kept_of", some)
 
 
 MODES: dict[str, dict[str, Any]] = {"exact": {"grad": "exact"}, "sampled": {"grad": "sampled", "tau": 1e-12}}

@@ -48,7 +48,7 @@ def test_how_often_the_host_waits_for_a_sampled_step(
     x.targets[2::3] = -100
     leaves = [x.hidden.detach().requires_grad_(), x.weight.detach().requires_grad_()]
     monkeypatch.setattr(_check, "readable", lambda tensor: False)  # as for a tensor on a GPU
-    monkeypatch.setattr(TritonPass, "sizes", lambda self, sampled, hidden=None: TileSizes(48, 96, block=block))
+    monkeypatch.setattr(TritonPass, "sizes", lambda self, *_: TileSizes(48, 96, block=block))
     monkeypatch.setattr("qempo_fast.logps.linear.seed", lambda: 5)  # reads a CPU tensor, which waits for nothing
     with Reads(monkeypatch) as forward:
         out = qf.linear_logps(*leaves, x.targets, entropy=True, grad="sampled", tau=0.9, backend="triton")

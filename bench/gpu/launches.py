@@ -134,7 +134,7 @@ def _small(n: int, d: int, v: int) -> Iterator[tuple[int, int, int]]:
     chunks = -(-n // sizes[True].chunk)
     rows = 128 * chunks
 
-    def scaled(self: Any, sampled: bool, hidden: Any = None) -> Any:
+    def scaled(self: Any, sampled: bool, *_: Any) -> Any:
         size, settings = sizes[sampled], {}
         settings["rows"] = max(1, math.ceil(size.rows * rows / n))
         settings["columns"] = max(1, math.ceil(size.columns * columns / v))

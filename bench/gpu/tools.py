@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 # Names of kernels to count: ours as kernels/*.py and csrc/cuda have them, the vendor's GEMMs (nvjet), torch's gathers.
-KERNELS = "logps|kept|dpp|loss|nvjet|gemm|index|add_rows|rows_out|segment_sum"
+KERNELS = "logps|kept|support|dpp|loss|nvjet|gemm|index|add_rows|rows_out|segment_sum"
 # All of one pass: another would save and restore gigabytes for each kernel. sm__throughput would take several. Names
 # that every architecture has: of one that it lacks ncu makes an error, and counts nothing.
 METRICS = (
