@@ -26,7 +26,8 @@ def known_coefficients(coefficients: torch.Tensor | None) -> Iterator[None]:
 
     Log-probs come out as ever, and any loss code may follow. The gradient that arrives at them is compared with the
     coefficients; where it is not proportional to them the backward raises (on CPU; on a GPU gradients are NaN). The
-    entropy has no gradient then. ``fused_forward``, ``use_fused_logps`` of TRL, verl and OpenRLHF all look here.
+    entropy has no gradient then. Under torch.compile nothing is foretold. ``fused_forward``, and ``use_fused_logps`` of
+    TRL, verl and OpenRLHF all look here.
 
     Args:
         coefficients: float, one for each label that the head scores: shaped like labels for ``fused_forward``; for
@@ -49,7 +50,8 @@ def scored(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, shift: int = 0, **options: Any
 ) -> qf.TokenLogps | qf.TokenScores:
     """linear_logps; of known coefficients with its gradient made already. shift: labels that the head leaves out."""
-    coefficients = _coefficients.get()
+    # A graph would keep those of the step that it was traced with.
+    coefficients = None if torch.compiler.is_compiling() else _coefficients.get()
     # Kept sets have no logits to make a second time: nothing is gained there.
     if coefficients is None or options.get("support") is not None or not torch.is_grad_enabled():
         return qf.linear_logps(hidden, weight, targets, **options)
