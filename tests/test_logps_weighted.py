@@ -357,7 +357,7 @@ def sampled_shards(rank: int, world: int) -> None:
 
 def other_coefficients(rank: int, world: int) -> None:
     x = peaked(n=6)
-    words = "targets: .*other targets, temperatures or coefficients"
+    words = "targets: .*other targets, temperatures, coefficients, columns or support"
     args = x.hidden, x.weight, x.targets, torch.ones(6) * (rank + 1)
     raises(ValueError, words, lambda: qf.weighted_logps(*args, process_group=dist.group.WORLD))
 
