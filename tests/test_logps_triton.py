@@ -11,10 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
 
-from test_logps import Case, Inputs, make, peaked, run
+from test_logps import Case, Inputs, make, run
 from test_logps_from_logits import run as run_logits
 from test_logps_slopes import gradient as frozen
-from test_logps_weighted import gradients as weighted
 from tolerances import assert_as_good
 
 import qempo_fast as qf
@@ -23,11 +22,11 @@ from qempo_fast.kernels import _launch, linear_logps_fused
 from qempo_fast.kernels.linear_logps_grad import tile_bwd
 from qempo_fast.kernels.linear_logps_select import select_columns
 from qempo_fast.kernels.linear_logps_tiles import COLUMN_ROWS
-from qempo_fast.logps import _slopes, _weighted
+from qempo_fast.logps import _slopes
 from qempo_fast.logps import triton as pass_triton
 from qempo_fast.logps._gemm import linear
 from qempo_fast.logps._head import HeadTensors, Tile
-from qempo_fast.logps._options import ERROR, Options
+from qempo_fast.logps._options import Options
 from qempo_fast.logps._row_stats import RowStats
 
 # The interpreter's tiles are 64 rows x 160 columns (48 x 96 when sampling), its blocks 4 to 64 rows x 32 to 64 columns.
@@ -95,37 +94,6 @@ def test_a_frozen_head_against_float64(
         )
     )
     assert_as_good("dhidden", ours, plain, truth, dtype, 16.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_known_weights_against_float64(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    monkeypatch.setattr(_weighted, "SUMMED", 24)
-    x = place(make(Case("", 50, 8, 150, True, 5.0, 0.7, "tensor", True), dtype), device)
-    truth, plain, ours = (
-        weighted(function, x, kind, **how)
-        for function, kind, how in (
-            (reference.weighted_logps, torch.float64, {}),
-            (reference.weighted_logps, dtype, {}),
-            (qf.weighted_logps, dtype, {"backend": "triton"}),
-        )
-    )
-    for name, value in ours.items():
-        assert_as_good(name, value, plain[name], truth[name], dtype, 32.0, not name.startswith("d"))
-
-
-def test_sampled_known_weights_are_unbiased(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    monkeypatch.setitem(ERROR, torch.float32, 0.1)
-    x = place(peaked(torch.float32, n=60, v=200), device)
-    exact = weighted(qf.weighted_logps, x, torch.float32)
-    draws = [weighted(qf.weighted_logps, x, torch.float32, grad="sampled", backend="triton") for _ in range(6)]
-    stats = qf.last_stats()
-    assert stats is not None
-    assert 0.02 < stats.kept_share < 0.95
-    for name in ("dhidden", "dweight"):
-        values = torch.stack([d[name].double() for d in draws])
-        assert 0 < (values.mean(0) - exact[name]).square().sum() < 3 * values.var(0).sum() / 6, name
 
 
 def test_masked_columns(path: str, device: torch.device) -> None:
