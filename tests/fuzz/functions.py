@@ -467,6 +467,7 @@ NOT_CALLED = {
         "QempoSolution",
         "SequenceLogps",
         "TokenLogps",
+        "TokenScores",
         "WeightedLogps",
         "WeightedSequenceLogps",
         "metrics",

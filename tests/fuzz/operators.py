@@ -161,6 +161,19 @@ def _backward_linear(seed: int) -> dict[str, Any]:
     return {**x, "needs": [True, False, False] if slopes else [True, True, x["bias"] is not None]}
 
 
+def _columns(seed: int) -> dict[str, Any]:
+    x, d = _linear(seed), Draw(seed + 1)
+    ids = d.ints(0, len(x["weight"]), len(x["hidden"]), d.size(1, 3)).long()
+    return {"hidden": x["hidden"], "weight": x["weight"], "ids": ids, "wide": x["wide"], "backend": "cpu"}
+
+
+def _backward_columns(seed: int) -> dict[str, Any]:
+    x = _columns(seed)
+    grad = Draw(seed).floats(*x["ids"].shape, dtype=_wide(x["hidden"].dtype))
+    del x["wide"]
+    return {**x, "grad": grad, "need_hidden": True, "need_weight": True}
+
+
 def _weighted(seed: int) -> dict[str, Any]:
     x, d = _linear(seed), Draw(seed + 1)
     for name in ("sum_sq", "slopes", "fixed", "chunk"):
@@ -198,6 +211,8 @@ OTHERS: dict[str, Callable[[int], dict[str, Any]]] = {
     "linear_logps_fwd": _linear,
     "linear_logps_bwd": _backward_linear,
     "weighted_logps": _weighted,
+    "column_products_fwd": _columns,
+    "column_products_bwd": _backward_columns,
     "logps_from_logits_fwd": _logits,
     "logps_from_logits_bwd": _backward_logits,
     "support_logps_fwd": _support,

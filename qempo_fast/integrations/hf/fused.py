@@ -253,7 +253,9 @@ class _Asked:
             got = len(support.offsets) - 1 if isinstance(support, qf.Support) else type(support).__name__
             _check.bad_value("support", f"a qempo_fast.Support of {count} sets, one for each label", got)
         if self.shift:
-            positions = torch.arange(count, device=support.offsets.device).view(self.shape)[:, self.shift :]
+            positions = torch.arange(count, device=support.offsets.device, dtype=torch.int64).view(self.shape)[
+                :, self.shift :
+            ]
             support = support.rows(positions.reshape(-1))
         return support.to(self.head.weight.device)
 
