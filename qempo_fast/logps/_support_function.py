@@ -11,7 +11,7 @@ from .._door import dense
 from .._operator import scalar
 from ..reference.once import once, single
 from . import _inputs, _sharded, _support_op
-from ._call import Scored
+from ._call import Call, Scored
 from ._function import head_of, pick, scatter
 from ._head import RowGrads
 from ._options import Options
@@ -111,18 +111,8 @@ def _marked(logps: torch.Tensor, targets: torch.Tensor, lost: torch.Tensor) -> t
     return logps if _check.readable(targets) else logps.masked_fill(lost, torch.nan)
 
 
-def eager(
-    support: Support,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: _Optional,
-    targets: torch.Tensor,
-    inv_temperature: _Optional,
-    ignore_index: int,
-    options: Options,
-    name: str,
-    columns: _Optional = None,
-) -> Scored:
+def eager(support: Support, call: Call, columns: _Optional = None) -> Scored:
+    hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
     told = targets if options.group is None else _told(targets, support)
     shard = (hidden, weight, bias, told, inv_temperature, ignore_index, options)
     first, vocabulary = _sharded.shard_range(*shard, columns=columns)
@@ -135,18 +125,8 @@ def eager(
     return Scored(_marked(logps, targets, counted & ~sets.found), h, ss, lse, (first, vocabulary))
 
 
-def traced(
-    support: Support,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: _Optional,
-    targets: torch.Tensor,
-    inv_temperature: _Optional,
-    ignore_index: int,
-    options: Options,
-    name: str,
-    columns: _Optional = None,
-) -> Scored:
+def traced(support: Support, call: Call) -> Scored:
+    hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
     logps, h, ss, lse, found, _ = _support_op.linear(
         *(hidden, weight, bias, *support, targets, inv_temperature),
         *map(scalar, (options.logit_scale, options.softcap)),

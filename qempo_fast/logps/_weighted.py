@@ -2,9 +2,9 @@
 
 A block of rows at a time keeps its logits until its row statistics are there, and turns them into their gradients:
 6NDV for a step whose exact gradient takes 8NDV where the logits are made again, 4NDV of a frozen head, 2NDV of rows
-without a coefficient. Each block adds its part to dweight, 3 V D of traffic a block of 1024 rows. Sampled, the logits
-of the columns that are kept wait for the end, f N V of them: 2NDV (1 + 2f), and a row asks for columns as its
-coefficient weighs.
+without a coefficient. Each block adds its part to dweight, which is read and written for it. Sampled, the logits of the
+columns that are kept wait for the end, f N V of them: 2NDV (1 + 2f), and a row asks for columns as its coefficient
+weighs.
 """
 
 from __future__ import annotations

@@ -111,17 +111,18 @@ def linear_logps(
     options = call.options
     frozen = wants_gradient(call.hidden) and not wants_gradient(call.weight, call.bias)
     slopes = frozen and support is None and not options.sampled and options.group is None
-    call = call._replace(options=replace(options, slopes=slopes, lse=lse or columns is not None))
+    more = lse or columns is not None
+    if slopes or more:
+        call = call._replace(options=replace(options, slopes=slopes, lse=more))
     flat = None if columns is None else columns.reshape(-1, columns.shape[-1]).long()
     if support is None:
         out = call.run(_traced, partial(_eager, columns=flat))
     else:
-        both = (_support_function.traced, _support_function.eager)
-        traced, eager = (lambda c, run=run: run(support, *c, columns=flat) for run in both)
-        out = call.run(traced, eager)
+        traced = partial(_support_function.traced, support)
+        out = call.run(traced, partial(_support_function.eager, support, columns=flat))
     shaped = [_inputs.shaped(x, targets) for x in out[:3]]
     tokens = TokenLogps(*shaped)  # type: ignore[arg-type]
-    if not call.options.lse:
+    if not more:
         return tokens
     found, picked = _columns.composed(call, out, flat, support)
     picked = None if picked is None or columns is None else picked.reshape(columns.shape)
