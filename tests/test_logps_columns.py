@@ -161,6 +161,9 @@ def test_a_masked_target_leaves_the_others_finite() -> None:
     assert out.columns[0, 0].item() == pytest.approx(-1.3862944)
     assert out.columns[0, 1].item() == -torch.inf
     assert out.lse.isfinite()
+    # z_t and log p_t are infinite, their difference is not: p of the others is 1/4.
+    out.lse.sum().backward()
+    torch.testing.assert_close(bias.grad, torch.tensor([0.25, 0.0, 0.25, 0.25, 0.25]))
 
 
 @pytest.mark.parametrize("more", [{}, {"grad": "sampled", "tau": 0.9}, {"softcap": 5.0, "logits_dtype": torch.float32}])

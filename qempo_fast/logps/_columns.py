@@ -183,6 +183,26 @@ def _logits(call: Call, ids: torch.Tensor, first: int) -> torch.Tensor:
     return finish_head(z, logit_scale=options.logit_scale, softcap=options.softcap, temperature=temperature)
 
 
+class _LogSumExp(torch.autograd.Function):
+    """lse, which is z_t - logp_t, with that difference's gradient.
+
+    Its value is not taken from there: a logit rounded here as in the pass is one of two neighbours, and both are
+    infinite where a target has probability 0.
+    """
+
+    @staticmethod
+    def forward(z: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return lse.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return grad, -grad, None
+
+
 class _Summed(torch.autograd.Function):
     """Over ranks, of which one has each entry: its gradient is that of the sum."""
 
@@ -231,9 +251,7 @@ def composed(call: Call, out: Scored, columns: _Optional, support: Support | Non
     wanted = counted.unsqueeze(1) & (ids != call.ignore_index)
     sound = wanted & (ids >= 0) & (ids < vocabulary)
     z = _logits(call, ids.where(sound, 0), first)
-    through = z[:, 0] - out.logps
-    # Its value is not taken from there: a logit rounded here as in the pass is one of two neighbours.
-    lse = torch.where(through.isfinite(), through + (out.lse - through).detach(), out.lse).where(counted, 0.0)
+    lse = _LogSumExp.apply(z[:, 0], out.logps, out.lse).where(counted, 0.0)  # type: ignore[no-untyped-call]
     if columns is None:
         return lse, None
     sound, wanted = sound[:, 1:], wanted[:, 1:]

@@ -78,9 +78,10 @@ def weighted_logps(
     """
 
     def also() -> None:
+        _check.boolean("entropy", entropy)
         _check_weights(coef, coef_entropy, targets.shape, hidden.device)
 
-    sums = entropy or coef_entropy is not None
+    sums = entropy if coef_entropy is None else True
     call = prepared(
         *(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, sums, False),
         *(grad, tau, process_group, logits_dtype, False, backend, also),

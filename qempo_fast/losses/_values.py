@@ -26,6 +26,8 @@ _CHECKS = {"finite": _check.finite, "positive": _check_positive}
 # Tracing cannot read values. An operator that returns what it has checked stays in the graph and raises where it runs.
 @torch.library.custom_op("qempo_fast::values", mutates_args=())
 def _values(name: str, x: torch.Tensor, wanted: str) -> torch.Tensor:
+    # A graph's tracer takes any layout for a dense one.
+    _check.plain(name, x)
     _CHECKS[wanted](name, x)
     return x.clone()
 
@@ -37,6 +39,7 @@ def _(_: str, x: Any, __: str) -> Any:
 
 @torch.library.custom_op("qempo_fast::offsets", mutates_args=())
 def _offsets(name: str, x: torch.Tensor, total: int) -> torch.Tensor:
+    _check.plain(name, x)
     _check.offsets(name, x, total)
     return x.clone()
 

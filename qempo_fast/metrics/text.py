@@ -19,6 +19,8 @@ from ._words import apart, words
 _IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+# Traced by torch.compile, an import runs a whole library's body through Dynamo: scipy's ends in its AttributeError.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _library(metric: str, package: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)

@@ -73,7 +73,9 @@ def finish_head(
 
 
 def _column(temperature: float | torch.Tensor) -> float | torch.Tensor:
-    return temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature
+    if not isinstance(temperature, torch.Tensor):
+        return temperature
+    return temperature.reshape(()) if temperature.numel() == 1 else temperature.unsqueeze(-1)
 
 
 def _kept(z: torch.Tensor, support: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor | None:
@@ -181,15 +183,17 @@ def weighted_logps(
     coef: torch.Tensor,
     *,
     coef_entropy: torch.Tensor | None = None,
+    ignore_index: int = -100,
     entropy: bool = False,
     **head: object,
 ) -> WeightedLogps:
-    """sum_i coef_i logps_i + coef_entropy_i entropy_i over the rows that have a coefficient."""
+    """sum_i coef_i logps_i + coef_entropy_i entropy_i over the counted rows that have a coefficient."""
     asked = entropy or coef_entropy is not None
-    tokens = linear_logps(hidden, weight, targets, entropy=asked, **head)  # type: ignore[arg-type]
-    total = _sum(coef, tokens.logps)
+    tokens = linear_logps(hidden, weight, targets, ignore_index=ignore_index, entropy=asked, **head)  # type: ignore[arg-type]
+    counted = targets != ignore_index
+    total = _sum(coef.where(counted, 0.0), tokens.logps)
     if coef_entropy is not None and tokens.entropy is not None:
-        total = total + _sum(coef_entropy, tokens.entropy)
+        total = total + _sum(coef_entropy.where(counted, 0.0), tokens.entropy)
     return WeightedLogps(total, tokens.logps.detach(), None if tokens.entropy is None else tokens.entropy.detach())
 
 

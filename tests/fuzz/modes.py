@@ -269,7 +269,10 @@ def _faked(function: Function, arguments: Arguments) -> Results:
 
 _FUNCTORCH = (
     "functorch|vmap|[Bb]atching|setup_context|once_differentiable|[Ff]unctionalize|not supported|UserWarning|"
-    "incompatible with mkldnn|Multiple dispatch failed"
+    "SystemError: <built-in method apply of FunctionMeta|"
+    "incompatible with mkldnn|Multiple dispatch failed|"
+    # functorch's wrapper of one of these says that it is strided.
+    "Mkldnn tensor does not support|reshape is not implemented for sparse|Sparse CSR tensors do not have"
 )
 MODES = {
     "plain": Mode(called, 100),
@@ -285,21 +288,21 @@ MODES = {
     "function_mode": Mode(_around(_Functions), 3),
     "dispatch_mode": Mode(_around(_Dispatches), 3),
     "saved_hooks": Mode(_around(lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)), 3),
-    "anomaly": Mode(_around(torch.autograd.detect_anomaly), 1),
+    "anomaly": Mode(_around(torch.autograd.detect_anomaly), 1, "returned nan values"),
     "checkpoint": Mode(_checkpoint, 2),
     "in_a_thread": Mode(_in_a_thread, 2),
     "all_subclass": Mode(_every(lambda x: x.clone().as_subclass(Plain)), 3),
     "all_meta": Mode(_every(lambda x: x.to("meta")), 2, good=False),
-    "fake_mode": Mode(_faked, 2, "[Dd]ata.dependent|DataDependent", good=False),
+    "fake_mode": Mode(_faked, 2, "[Dd]ata.dependent|DataDependent|DynamicOutputShape", good=False),
     "grad": Mode(_grad, 3, _FUNCTORCH, good=False),
     "vmap": Mode(_vmap, 2, _FUNCTORCH, good=False),
     "functionalize": Mode(_functionalize, 2, _FUNCTORCH, good=False),
-    "make_fx": Mode(_make_fx, 1, "prim::layout", good=False),
+    "make_fx": Mode(_make_fx, 1, "prim::layout|Multiple dispatch failed|NestedIntNode", good=False),
     "jit": Mode(_jit, 1, "Tensor that requires grad as a constant", good=False),
     "triton": Mode(_around(lambda: _environment("QEMPO_BACKEND", "triton")), 0.5),
     # A second each.
     "compile_eager": Mode(_compiled("eager"), 0.1),
-    "compile_aot": Mode(_compiled("aot_eager"), 0.1),
+    "compile_aot": Mode(_compiled("aot_eager"), 0.1, "must implement __coerce_same_metadata"),
 }  # fmt: skip
 
 
