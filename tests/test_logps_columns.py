@@ -98,7 +98,7 @@ def test_what_was_not_asked_for_is_not_there(columns: bool, lse: bool) -> None:
     x = make(CASES[1], torch.float32)
     more: dict[str, Any] = {"columns": chosen(x, 1003)} if columns else {}
     out = qf.linear_logps(x.hidden, x.weight, x.targets, entropy=True, lse=lse, **more)
-    assert len(out) == (5 if columns or lse else 3)
+    assert len(out) == (7 if columns or lse else 3)
     assert isinstance(out, qf.TokenScores if columns or lse else qf.TokenLogps)
     if columns or lse:
         assert (out.lse is not None, out.columns is not None) == (lse, columns)

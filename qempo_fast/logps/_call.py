@@ -38,8 +38,8 @@ class Call(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """(N,) each, what was not asked for None; lse without a graph. place: this shard's first column, and all shards'
-    columns.
+    """(N,) each, what was not asked for None; lse (N, 2) as RowStats has it, without a graph. place: this shard's first
+    column, and all shards' columns.
     """
 
     logps: torch.Tensor

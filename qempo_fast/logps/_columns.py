@@ -21,7 +21,7 @@ from ..reference.logps import finish_head
 from ..reference.once import once, single
 from ._call import Call, Scored
 from ._head import HeadTensors
-from ._options import accumulator
+from ._options import Wanted, accumulator
 from ._ragged import Entries
 from ._support import Backend, products, scores
 from .op import UNSAFE
@@ -242,8 +242,8 @@ def _outside(columns: torch.Tensor, support: Support, vocabulary: int) -> torch.
     return ~torch.isin(rows.unsqueeze(1) * vocabulary + columns, kept)
 
 
-def composed(call: Call, out: Scored, columns: _Optional, support: Support | None) -> tuple[torch.Tensor, _Optional]:
-    """(lse (N,), log-probs of columns (N, K) or None), both differentiable; out has lse without a graph."""
+def _columns(call: Call, out: Scored, columns: _Optional, support: Support | None) -> tuple[torch.Tensor, _Optional]:
+    """(lse (N,), log-probs of columns (N, K) or None), both differentiable."""
     assert out.lse is not None
     first, vocabulary = out.place
     counted = call.targets != call.ignore_index
@@ -251,7 +251,8 @@ def composed(call: Call, out: Scored, columns: _Optional, support: Support | Non
     wanted = counted.unsqueeze(1) & (ids != call.ignore_index)
     sound = wanted & (ids >= 0) & (ids < vocabulary)
     z = _logits(call, ids.where(sound, 0), first)
-    lse = _LogSumExp.apply(z[:, 0], out.logps, out.lse).where(counted, 0.0)  # type: ignore[no-untyped-call]
+    lse = _LogSumExp.apply(z[:, 0], out.logps, out.lse.sum(1))  # type: ignore[no-untyped-call]
+    lse = lse.where(counted, 0.0)
     if columns is None:
         return lse, None
     sound, wanted = sound[:, 1:], wanted[:, 1:]
@@ -262,3 +263,56 @@ def composed(call: Call, out: Scored, columns: _Optional, support: Support | Non
     if support is not None:
         picked = picked.masked_fill(sound & _outside(columns.where(sound, 0), support, vocabulary), -torch.inf)
     return lse, picked.where(wanted, 0.0)
+
+
+class _Mean(torch.autograd.Function):
+    """Of x (V, ...) the mean over its first axis in the dtype of sums, or of a shard its part of that over all rows."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, over: int) -> torch.Tensor:  # type: ignore[override]
+        return x.sum(0, dtype=accumulator(x.dtype)) / over
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.over = inputs
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        # Rounded once and not V times; what autograd adds to dweight is then a row that has no memory of V.
+        return (grad / ctx.over).to(ctx.dtype).expand(ctx.shape), None
+
+
+def _mean_logits(call: Call, vocabulary: int) -> torch.Tensor:
+    """(N,) mean_j z_j = finished(h . mean_j w_j + mean_j b_j): 2 N D operations and one read of the weight."""
+    options = call.options
+    counted = call.targets != call.ignore_index
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        out = _Mean.apply(x, vocabulary)  # type: ignore[no-untyped-call]
+        return out if options.group is None else _Summed.apply(out, options.group)  # type: ignore[no-untyped-call]
+
+    w = mean(call.weight)
+    # No matmul, which autocast would run in half precision: 0.09 off at a mean of 30.
+    z = (call.hidden.where(counted.unsqueeze(1), 0.0).to(w.dtype) * w).sum(1)
+    z = z if call.bias is None else z + mean(call.bias).to(z.dtype)
+    z = z * options.logit_scale
+    return (z if call.inv_temperature is None else z * call.inv_temperature).where(counted, 0.0)
+
+
+def composed(
+    call: Call, out: Scored, more: Wanted, support: Support | None
+) -> tuple[torch.Tensor, _Optional, _Optional, _Optional, _Optional]:
+    """logps, lse, columns' log-probs (N, K), top1 and mean_logits as asked for; out has lse."""
+    logps, lse, picked, top1, mean = out.logps, None, None, None, None
+    if more.top1:
+        assert out.lse is not None
+        # log p = (z_t - max z) - log sum: at the maximum minus the second part, to the bit.
+        top1 = (logps.detach() >= -out.lse[:, 1]) & (call.targets != call.ignore_index)
+    if more.products:
+        lse, picked = _columns(call, out, more.columns, support)
+    if more.mean:
+        mean = _mean_logits(call, out.place[1])
+    if more.label_smoothing and lse is not None and mean is not None:
+        logps = (1 - more.label_smoothing) * logps + more.label_smoothing * (mean - lse)
+    return logps, lse if more.lse else None, picked, top1, mean if more.mean_logits else None

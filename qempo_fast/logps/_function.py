@@ -147,7 +147,7 @@ class LinearLogps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # A copy of the entropy: who edits what is returned leaves alone what the backward reads.
         outputs = [stats.logps(lse), None if entropy is None else entropy.clone(), stats.log_sum_sq()]
-        outputs.append(lse.sum(1) if options.lse else None)
+        outputs.append(lse if options.lse else None)
         full = [None if x is None else scatter(x, live, n) for x in outputs]
         ctx.mark_non_differentiable(*(x for x in full[2:] if x is not None))
         return tuple(full)  # type: ignore[return-value]

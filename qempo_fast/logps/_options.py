@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup
@@ -35,8 +36,8 @@ class Options:
     """The gradient is sampled at threshold tau, or at one that adds the relative error; both None: exact.
 
     An exact one may keep so many bytes of logits, or with slopes is made in the forward; seed drives a sampled one.
-    wide: hidden is of half precision, and its logits are float32 until the softmax. lse: return it too. fixed: a row's
-    results depend on no other row, to the bit.
+    wide: hidden is of half precision, and its logits are float32 until the softmax. lse: return it too, in the two
+    parts of RowStats.lse(). fixed: a row's results depend on no other row, to the bit.
     """
 
     logit_scale: float
@@ -59,6 +60,30 @@ class Options:
 
     def logits_dtype(self, hidden: torch.Tensor) -> torch.dtype:
         return torch.float32 if self.wide else hidden.dtype
+
+
+class Wanted(NamedTuple):
+    """What linear_logps is asked for beside log-probs, the entropy and sum_sq; columns (N, K) int64."""
+
+    columns: torch.Tensor | None = None
+    lse: bool = False
+    top1: bool = False
+    mean_logits: bool = False
+    label_smoothing: float = 0.0
+
+    @property
+    def scores(self) -> bool:
+        """Whether a TokenScores is."""
+        return self.columns is not None or self.lse or self.top1 or self.mean_logits
+
+    @property
+    def mean(self) -> bool:
+        return self.mean_logits or self.label_smoothing != 0
+
+    @property
+    def products(self) -> bool:
+        """Whether it takes logits of single columns; log p of all of them alike is mean z - lse."""
+        return self.columns is not None or self.lse or self.label_smoothing != 0
 
 
 @dataclass(frozen=True)

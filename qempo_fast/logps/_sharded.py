@@ -9,7 +9,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from .. import _check, _collective
-from ._options import Options
+from ._options import Options, Wanted
 
 # What has to be the same on every rank besides the tokens, by argument: other collectives would follow, or a loss that
 # is not that of one process.
@@ -21,11 +21,14 @@ _SAME = {
     "ignore_index": "the same number",
     "entropy": "the same choice",
     "sum_sq": "the same choice",
+    "label_smoothing": "the same number",
     "lse": "the same choice, and of columns",
+    "mean_logits": "the same choice",
     "grad": "sampled without tau on every rank or on none",
     "logits_dtype": "the same choice",
     "batch_invariant": "the same choice",
 }
+_NOTHING = Wanted()
 # Numbers in the one all-gather of each call: columns, rows, _SAME, checksums of targets and what else has rows.
 _HEADER = 7 + len(_SAME)
 
@@ -90,7 +93,7 @@ def shard_range(
     ignore_index: int,
     options: Options,
     coefficients: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-    columns: torch.Tensor | None = None,
+    more: Wanted = _NOTHING,
 ) -> tuple[int, int]:
     """(first column of this rank, columns of all ranks); shards lie in rank order and may be uneven."""
     vocabulary, group = weight.shape[0], options.group
@@ -100,11 +103,12 @@ def shard_range(
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     settings = (
         *((hidden.dtype, hidden.shape[1], wanted), bias is None, options.logit_scale, options.softcap),
-        *(int(ignore_index), options.entropy, options.sum_sq, options.lse, options.error, options.wide, options.fixed),
+        *(int(ignore_index), options.entropy, options.sum_sq, float(more.label_smoothing), more.products, more.mean),
+        *(options.error, options.wide, options.fixed),
     )
     numbers = [vocabulary, len(targets), *_collective.words(dict(zip(_SAME, settings, strict=True)))]
     mine = torch.tensor(numbers, dtype=torch.int64, device=targets.device)
-    rows_of = (targets, inv_temperature, *coefficients, None if columns is None else columns.flatten())
+    rows_of = (targets, inv_temperature, *coefficients, None if more.columns is None else more.columns.flatten())
     sums = [_collective.checksum(x) if x is not None else mine.new_zeros(1) for x in rows_of]
     table = _collective.exchange(torch.cat([mine, *sums]), group).tolist()
     _collective.same([row[2:] for row in table], _SAME)

@@ -14,7 +14,7 @@ from . import _inputs, _sharded, _support_op
 from ._call import Call, Scored
 from ._function import head_of, pick, scatter
 from ._head import RowGrads
-from ._options import Options
+from ._options import Options, Wanted
 from ._support import Backend, Sets, backward, forward, logits_backward, logits_forward, sets_of
 from .support import Support, check_ids
 
@@ -53,7 +53,7 @@ class SupportLogps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # A copy of the entropy: who edits what is returned leaves alone what the backward reads.
         outputs = [stats.logps(lse), None if entropy is None else entropy.clone(), stats.log_sum_sq()]
-        outputs.append(lse.sum(1) if options.lse else None)
+        outputs.append(lse if options.lse else None)
         full = [None if x is None else scatter(x, sets.live, len(hidden)) for x in outputs]
         ctx.mark_non_differentiable(*(x for x in full[2:] if x is not None))
         return tuple(full)  # type: ignore[return-value]
@@ -111,11 +111,11 @@ def _marked(logps: torch.Tensor, targets: torch.Tensor, lost: torch.Tensor) -> t
     return logps if _check.readable(targets) else logps.masked_fill(lost, torch.nan)
 
 
-def eager(support: Support, call: Call, columns: _Optional = None) -> Scored:
+def eager(support: Support, call: Call, more: Wanted) -> Scored:
     hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
     told = targets if options.group is None else _told(targets, support)
     shard = (hidden, weight, bias, told, inv_temperature, ignore_index, options)
-    first, vocabulary = _sharded.shard_range(*shard, columns=columns)
+    first, vocabulary = _sharded.shard_range(*shard, more=more)
     check_ids(support, vocabulary)
     _inputs.check_values(targets, vocabulary, inv_temperature, ignore_index)
     counted = targets != ignore_index
@@ -136,7 +136,7 @@ def traced(support: Support, call: Call) -> Scored:
     logps = logps.masked_fill(counted & ~found, torch.nan)
     # Not h itself, as in linear.py.
     more = (h.where(counted, 0.0) if options.entropy else None, ss if options.sum_sq else None)
-    return Scored(logps, *more, lse.sum(1) if options.lse else None, (0, weight.shape[0]))
+    return Scored(logps, *more, lse if options.lse else None, (0, weight.shape[0]))
 
 
 def from_logits(

@@ -15,7 +15,7 @@ from ..reference.logps import SequenceLogps, TokenLogps, TokenScores, reduce_seq
 from . import _columns, _inputs, _sharded, _support_function, op
 from ._call import Call, Scored, prepared, seed, wants_gradient
 from ._function import LinearLogps, live_rows
-from ._options import logits_budget
+from ._options import Wanted, logits_budget
 from .segments import summed
 from .support import Support
 from .support import check as check_support
@@ -39,6 +39,9 @@ def linear_logps(
     support: Support | None = None,
     columns: torch.Tensor | None = None,
     lse: bool = False,
+    top1: bool = False,
+    mean_logits: bool = False,
+    label_smoothing: float = 0.0,
     logits_dtype: torch.dtype | None = None,
     batch_invariant: bool = False,
     backend: str | None = None,
@@ -75,24 +78,31 @@ def linear_logps(
             and without the other logits (docs/support.md). A counted target has to be in its set.
         columns: (..., K) int64 or int32, targets' shape and one axis more: tokens whose log-probs are returned beside
             the target's, over the vocabulary or the support (-inf outside of a set). Of ignore_index: 0.
-        lse: return logsumexp(z) too. With columns or lse the result is a TokenScores.
+        lse, top1, mean_logits: ask for logsumexp(z), for whether no token is likelier than the target (one as likely,
+            to rounding, may be), and for mean_j z_j. With one of these or columns the result is a TokenScores.
+        label_smoothing: e in [0, 1): logps become (1 - e) log p[target] + e mean_j log p_j, minus what torch's
+            cross_entropy of the same name gives. It and mean_logits go without softcap and support.
         logits_dtype: torch.float32 keeps half precision's logits in float32 until the softmax, forward and backward;
             None: they are rounded to the dtype of hidden, as a model gives them.
         batch_invariant: a row's outputs, and its exact gradient of hidden, do not depend, to the bit, on the rows that
-            come with it (docs/linear_logps.md says of which GEMMs that was seen); not with backend="reference".
+            come with it (docs/linear_logps.md says of which GEMMs that was seen); not with backend="reference",
+            support, or any of the above that takes logits of single columns or their mean.
         backend: "cpu", "reference", ... (see backends()); None chooses.
 
     Returns:
-        TokenLogps(logps, entropy, sum_sq), shaped like targets, in nats, float32 (float64 for float64); or, with
-        columns or lse, TokenScores(logps, entropy, sum_sq, lse, columns), the last two differentiable, once.
+        TokenLogps(logps, entropy, sum_sq), shaped like targets, in nats, float32 (float64 for float64); or
+        TokenScores(logps, entropy, sum_sq, lse, columns, top1, mean_logits), top1 bool, lse, columns and mean_logits
+        differentiable, once.
 
     Raises:
         TypeError, ValueError: naming the argument; targets outside [0, V) that are not ignore_index raise on CPU, and
             on a GPU under QEMPO_CHECK=1; without it their log-prob is NaN.
     """
 
+    more = Wanted(columns, lse, top1, mean_logits, label_smoothing)
+
     def also() -> None:
-        _check.boolean("lse", lse)
+        _check_wanted(more, softcap, support, batch_invariant)
         if columns is not None:
             _columns.check(columns, targets, ignore_index, None if process_group is not None else weight.shape[0])
         if support is not None:
@@ -100,9 +110,6 @@ def linear_logps(
             if grad == "sampled" or tau is not None:
                 wanted = "None where the gradient is sampled (kept sets leave nothing to drop)"
                 _check.bad_value("support", wanted, grad)
-        if batch_invariant and (support is not None or columns is not None or lse):
-            # Their products are summed as it comes, in the cheapest of three ways.
-            _check.bad_value("batch_invariant", "False with support, columns or lse", True)
 
     call = prepared(
         *(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, entropy, sum_sq),
@@ -111,29 +118,47 @@ def linear_logps(
     options = call.options
     frozen = wants_gradient(call.hidden) and not wants_gradient(call.weight, call.bias)
     slopes = frozen and support is None and not options.sampled and options.group is None
-    more = lse or columns is not None
-    if slopes or more:
-        call = call._replace(options=replace(options, slopes=slopes, lse=more))
-    flat = None if columns is None else columns.reshape(-1, columns.shape[-1]).long()
+    asked = more.scores or label_smoothing != 0
+    if slopes or asked:
+        call = call._replace(options=replace(options, slopes=slopes, lse=asked))
+    if columns is not None:
+        more = more._replace(columns=columns.reshape(-1, columns.shape[-1]).long())
     if support is None:
-        out = call.run(_traced, partial(_eager, columns=flat))
+        out = call.run(_traced, partial(_eager, more=more))
     else:
         traced = partial(_support_function.traced, support)
-        out = call.run(traced, partial(_support_function.eager, support, columns=flat))
-    shaped = [_inputs.shaped(x, targets) for x in out[:3]]
-    tokens = TokenLogps(*shaped)  # type: ignore[arg-type]
-    if not more:
+        out = call.run(traced, partial(_support_function.eager, support, more=more))
+    if not asked:
+        return TokenLogps(*(_inputs.shaped(x, targets) for x in out[:3]))  # type: ignore[arg-type]
+    logps, total, picked, best, mean = _columns.composed(call, out, more, support)
+    tokens = TokenLogps(*(_inputs.shaped(x, targets) for x in (logps, *out[1:3])))  # type: ignore[arg-type]
+    if not more.scores:
         return tokens
-    found, picked = _columns.composed(call, out, flat, support)
     picked = None if picked is None or columns is None else picked.reshape(columns.shape)
-    return TokenScores(*tokens, found.reshape(targets.shape) if lse else None, picked)
+    shaped = [_inputs.shaped(x, targets) for x in (total, best, mean)]
+    return TokenScores(*tokens, shaped[0], picked, *shaped[1:])
 
 
-def _eager(call: Call, columns: torch.Tensor | None = None) -> Scored:
+def _check_wanted(more: Wanted, softcap: float | None, support: Support | None, batch_invariant: bool) -> None:
+    for name in ("lse", "top1", "mean_logits"):
+        _check.boolean(name, getattr(more, name))
+    _check.number("label_smoothing", more.label_smoothing, low=0.0, high=1.0, open_high=True)
+    if more.mean and (softcap is not None or support is not None):
+        # A cap's tanh has no mean in closed form, and the sum over a set is no row of the weight.
+        name = "label_smoothing" if more.label_smoothing else "mean_logits"
+        wanted = f"{'0' if more.label_smoothing else 'False'} with softcap or support"
+        _check.bad_value(name, wanted, getattr(more, name))
+    if batch_invariant and (support is not None or more.products or more.mean):
+        # Their products are summed as it comes, in the cheapest of three ways.
+        wanted = "False with support, columns, lse, mean_logits or label_smoothing"
+        _check.bad_value("batch_invariant", wanted, True)
+
+
+def _eager(call: Call, more: Wanted) -> Scored:
     hidden, weight, bias, targets, inv_temperature, ignore_index, options, name = call
     tiles = _backends.kernel("linear_logps", hidden.device, name)()
     shard = (hidden, weight, bias, targets, inv_temperature, ignore_index, options)
-    first, vocabulary = _sharded.shard_range(*shard, columns=columns)
+    first, vocabulary = _sharded.shard_range(*shard, more=more)
     _inputs.check_values(targets, vocabulary, inv_temperature, ignore_index)
     counted = targets != ignore_index
     live = live_rows(counted)
@@ -160,7 +185,7 @@ def _traced(call: Call) -> Scored:
     logps = _inputs.marked(logps, targets, counted, weight.shape[0])
     # Not h itself: an edit of the entropy in place reached what the backward reads, and Inductor drops a clone.
     more = (h.where(counted, 0.0) if options.entropy else None, ss if options.sum_sq else None)
-    return Scored(logps, *more, lse.sum(1) if options.lse else None, (0, weight.shape[0]))
+    return Scored(logps, *more, lse if options.lse else None, (0, weight.shape[0]))
 
 
 def sequence_logps(
@@ -194,7 +219,7 @@ def sequence_logps(
     *_, group = _sharded.local_head(weight, head.get("bias"), head.get("process_group"))
     with _sharded.checked_together(group, hidden, weight):
         _inputs.check_sequences(hidden, targets, cu_seqlens, average)
-    for name in ("columns", "lse"):
+    for name in ("columns", "lse", "top1", "mean_logits"):
         if head.get(name) is not None and head[name] is not False:
             _check.bad_value(name, "nothing of the kind: sums over tokens have none (linear_logps has)", name)
     tokens = linear_logps(hidden, weight, targets, **head)

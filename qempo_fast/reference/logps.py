@@ -22,13 +22,18 @@ class TokenLogps(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """TokenLogps with lse, shaped like targets, and the log-probs of columns (..., K); None unless asked for."""
+    """TokenLogps and what else there is of a row, shaped like targets, columns (..., K); None unless asked for.
+
+    top1 is bool. lse, columns and mean_logits are differentiable.
+    """
 
     logps: torch.Tensor
     entropy: torch.Tensor | None
     sum_sq: torch.Tensor | None
     lse: torch.Tensor | None
     columns: torch.Tensor | None
+    top1: torch.Tensor | None
+    mean_logits: torch.Tensor | None
 
 
 class SequenceLogps(NamedTuple):
@@ -141,9 +146,14 @@ def linear_logps(
     support: tuple[torch.Tensor, torch.Tensor] | None = None,
     columns: torch.Tensor | None = None,
     lse: bool = False,
+    top1: bool = False,
+    mean_logits: bool = False,
+    label_smoothing: float = 0.0,
     logits_dtype: torch.dtype | None = None,
 ) -> TokenLogps | TokenScores:
-    """log softmax(z) at targets, and with columns (..., K) at these; lse = logsumexp(z).
+    """log softmax(z) at targets, and with columns (..., K) at these; lse = logsumexp(z); mean_logits = mean_j z_j.
+
+    top1: z[target] = max_j z_j. label_smoothing e: logps are (1 - e) log p[target] + e mean_j log p_j.
 
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature; entropy is -sum_j p_j log p_j,
     sum_sq is log sum_j p_j^2 (detached). Half precision: logits in that dtype, as a model gives them, then float32; or
@@ -162,18 +172,32 @@ def linear_logps(
     z = finish_head(raw, logit_scale=logit_scale, softcap=softcap, temperature=_column(temperature))
     z = _alone(z, keep, -torch.inf)
     tokens = _from_scores(z, targets, ignore_index, entropy, sum_sq)
-    if columns is None and not lse:
-        return tokens
-    zero = torch.zeros((), dtype=z.dtype, device=z.device)
     counted = (targets != ignore_index).unsqueeze(-1)
+    zero = torch.zeros((), dtype=z.dtype, device=z.device)
     z = torch.where(counted, z, zero)
-    total = torch.where(counted, torch.logsumexp(z, -1, keepdim=True), zero) if lse else None
+    if label_smoothing:
+        even = torch.log_softmax(z, -1).mean(-1)
+        smoothed = (1 - label_smoothing) * tokens.logps + label_smoothing * even
+        tokens = tokens._replace(logps=torch.where(counted.squeeze(-1), smoothed, zero))
+    if columns is None and not (lse or top1 or mean_logits):
+        return tokens
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(counted, x, zero).squeeze(-1)
+
     picked = None
     if columns is not None:
         wanted = counted & (columns != ignore_index)
         picked = torch.log_softmax(z, -1).gather(-1, columns.where(wanted, 0).long())
         picked = torch.where(wanted, picked, zero)
-    return TokenScores(*tokens, None if total is None else total.squeeze(-1), picked)
+    at = z.gather(-1, targets.where(counted.squeeze(-1), 0).long().unsqueeze(-1))
+    return TokenScores(
+        *tokens,
+        rows(torch.logsumexp(z, -1, keepdim=True)) if lse else None,
+        picked,
+        ((at == z.amax(-1, keepdim=True)) & counted).squeeze(-1) if top1 else None,
+        rows(z.mean(-1, keepdim=True)) if mean_logits else None,
+    )
 
 
 def weighted_logps(

@@ -108,9 +108,22 @@ def linear_logps(seed: int) -> dict[str, Any]:
     x = _head(d, *d.of((d.size(),), (d.size(),), (2, d.size(0, 4))))
     if d.of(True, False, False):
         x["columns"] = _targets(d, len(x["weight"]), *x["targets"].shape, d.size(1, 3))
-    x["lse"] = d.of(True, False, False)
-    x["batch_invariant"] = x["batch_invariant"] and "columns" not in x and not x["lse"]
+    x["lse"], x["top1"] = d.of(True, False, False), d.of(True, False, False)
+    mean = x["softcap"] is None
+    x["mean_logits"], x["label_smoothing"] = mean and d.of(True, False, False), d.of(0.0, 0.0, 0.1) if mean else 0.0
+    products = "columns" in x or x["lse"] or x["mean_logits"] or x["label_smoothing"]
+    x["batch_invariant"] = x["batch_invariant"] and not products
     return x
+
+
+def _without_top1(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Which of two equal logits is the larger is rounding's choice."""
+
+    def call(**x: Any) -> Any:
+        out = function(**x)
+        return out._replace(top1=None) if hasattr(out, "top1") else out
+
+    return call
 
 
 def sequence_logps(seed: int) -> dict[str, Any]:
@@ -406,7 +419,9 @@ def _public() -> dict[str, Function]:
     head: dict[str, Any] = {"policy": ("hidden", "weight", "bias"), "wide": False}
     weighted = {**head, "policy": (*head["policy"], "coef", "coef_entropy")}
     found = {
-        "linear_logps": Function(linear_logps, qf.linear_logps, reference.linear_logps, **head, weight=14),
+        "linear_logps": Function(
+            linear_logps, _without_top1(qf.linear_logps), _without_top1(reference.linear_logps), **head, weight=14
+        ),
         "sequence_logps": Function(sequence_logps, qf.sequence_logps, reference.sequence_logps, **head, weight=8),
         "weighted_logps": Function(weighted_logps, qf.weighted_logps, reference.weighted_logps, **weighted, weight=8),
         "weighted_sequence_logps": Function(
