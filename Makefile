@@ -19,8 +19,8 @@ WORKERS ?= 2
 OTHER_TRITON := $(VENV)/triton-3.6.0
 # What of the tests runs on a GPU, here on a stand-in: "launch" launches kernels and runs none, "1" also compiles them,
 # for five minutes, "device" runs them in Triton's interpreter on tensors that only say that they are on a GPU.
-GPU_FILES := $(foreach f,add_rows dpp_cuda dpp_triton gpu_smoke kernels logps_support_triton logps_tiles logps_triton \
-	logps_waits logps_weighted_triton logps_wide_triton losses_triton,\
+GPU_FILES := $(foreach f,add_rows dpp_cuda dpp_triton gpu_smoke kernels logps_invariant_triton logps_support_triton \
+	logps_tiles logps_triton logps_waits logps_weighted_triton logps_wide_triton losses_triton,\
 	tests/test_$(f).py)
 GPU_TESTS = segment_sum or triton or tiles or waits or add_rows or smoke or $(if $(filter device,$(STANDIN)),emulated,gpu)
 STANDIN ?= launch

@@ -23,6 +23,7 @@ TESTS: dict[str, str] = {
     "test_logps_triton": "",
     "test_logps_support_triton": "",
     "test_logps_wide_triton": "",
+    "test_logps_invariant_triton": "",
     "test_logps_weighted_triton": "",
     "test_logps_tiles": "",
     "test_dpp_triton": "",

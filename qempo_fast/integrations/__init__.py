@@ -9,7 +9,10 @@ import functools
 import logging
 from typing import Any
 
+import torch
+
 from .. import _check
+from ..logps import _inputs
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +22,21 @@ def missing(error: ModuleNotFoundError, extra: str) -> ImportError:
     return ImportError(f'{error.name} is not installed: pip install "qempo-fast[{extra}]"', name=error.name)
 
 
-def sampling(grad: Any, tau: Any) -> dict[str, Any]:
-    """linear_logps' choice of gradient, checked when a framework's slot is filled and not at its first step."""
+def scoring(grad: Any, tau: Any, logits_dtype: Any, batch_invariant: Any, backend: Any = None) -> dict[str, Any]:
+    """What every slot hands on to linear_logps, checked when the slot is filled and not at its first step."""
     _check.gradient(grad, tau)
+    # The dtype of hidden is the call's to look at: a model may be cast after.
+    _inputs.wide_logits(logits_dtype, torch.float32)
+    _check.boolean("batch_invariant", batch_invariant)
+    _inputs.orders_sums(batch_invariant, backend)
     _tell(grad, tau)
-    return {"grad": grad, "tau": tau}
+    return {
+        "grad": grad,
+        "tau": tau,
+        "logits_dtype": logits_dtype,
+        "batch_invariant": batch_invariant,
+        "backend": backend,
+    }
 
 
 @functools.cache

@@ -27,7 +27,8 @@ def known_coefficients(coefficients: torch.Tensor | None) -> Iterator[None]:
     Log-probs come out as ever, and any loss code may follow. The gradient that arrives at them is compared with the
     coefficients; where it is not proportional to them the backward raises (on CPU; on a GPU gradients are NaN). The
     entropy has no gradient then. Under torch.compile nothing is foretold. ``fused_forward``, and ``use_fused_logps`` of
-    TRL, verl and OpenRLHF all look here.
+    TRL, verl and OpenRLHF all look here. Under their batch_invariant=True ``linear_logps`` runs as if nothing were
+    known, at up to 8NDV and with nothing compared: ``weighted_logps`` keeps no row's bits.
 
     Args:
         coefficients: float, one for each label that the head scores: shaped like labels for ``fused_forward``; for
@@ -52,9 +53,11 @@ def scored(
     """linear_logps; of known coefficients with its gradient made already. shift: labels that the head leaves out."""
     # A graph would keep those of the step that it was traced with.
     coefficients = None if torch.compiler.is_compiling() else _coefficients.get()
-    # Kept sets have no logits to make a second time: nothing is gained there.
-    if coefficients is None or options.get("support") is not None or not torch.is_grad_enabled():
+    # Kept sets have no logits to make a second time: nothing is gained there. weighted_logps keeps no row's bits.
+    other = options.get("support") is not None or options.get("batch_invariant", False)
+    if coefficients is None or other or not torch.is_grad_enabled():
         return qf.linear_logps(hidden, weight, targets, **options)
+    options.pop("batch_invariant", None)
     coefficients = coefficients.detach()
     if shift and coefficients.ndim == targets.ndim:
         coefficients = coefficients[:, shift:]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import _check
-from . import missing, sampling
+from . import missing, scoring
 from .methods import GROUPS, by_name, group_advantages
 
 _ACTOR = "openrlhf.models.actor"
@@ -59,10 +59,16 @@ def _checked(module: Any, name: str) -> Callable[..., Any]:
 
 
 # Of the actors that are built from now on: what use_fused_logps was last called with.
-_gradient: dict[str, Any] = {"grad": "auto", "tau": None}
+_options: dict[str, Any] = {}
 
 
-def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
+def use_fused_logps(
+    *,
+    grad: str = "auto",
+    tau: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
+) -> None:
     """Make ``openrlhf.models.Actor`` compute log-probs and entropies from hidden states, never keeping logits.
 
     Calls that ask for logits, and vision models, run OpenRLHF's own forward. DeepSpeed ZeRO-3 raises: it empties the
@@ -70,12 +76,14 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
 
     Args:
         grad, tau: as ``qf.linear_logps``.
+        logits_dtype, batch_invariant: as ``hf.fused_forward``; both are the head's. A float64 actor with a logits_dtype
+            raises at its first step.
 
     Raises:
         ImportError: OpenRLHF is not installed, or its actor is not the one of 0.11.2.
-        TypeError, ValueError: grad, tau.
+        TypeError, ValueError: an argument; in a step, log-probs of a vision model with batch_invariant.
     """
-    _gradient.update(sampling(grad, tau))
+    _options.update(scoring(grad, tau, logits_dtype, batch_invariant))
     actor = _module(_ACTOR)
     _checked(actor, "unpad_and_slice_tensor")
     _checked(actor, "gather_and_pad_tensor")
@@ -97,7 +105,10 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
         return_entropy: bool = False,
         **mm_inputs: Any,
     ) -> Any:
-        if (action_mask is None and not return_logprobs) or mm_inputs or getattr(self, "is_vlm", False):
+        asks, vision = action_mask is not None or return_logprobs, bool(mm_inputs) or getattr(self, "is_vlm", False)
+        if asks and vision and _options["batch_invariant"]:
+            _check.bad_value("batch_invariant", "False for a vision model, whose forward is OpenRLHF's own", True)
+        if vision or not asks:
             return original(
                 self, sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs,
                 ring_attn_group, packed_seq_lens, return_entropy, **mm_inputs,
@@ -123,7 +134,7 @@ def _scored(
 
         # A DeepSpeed engine has the model as .module. check=False: a forward outside the engine's would miss its hooks.
         model = getattr(self.model, "module", self.model)
-        handle = fused_forward(model, temperature=self.temperature, check=False, **_gradient)
+        handle = fused_forward(model, temperature=self.temperature, check=False, **_options)
         self.__dict__["_qempo_fused"] = handle
     handle.options["entropy"] = entropy
     if self.packing_samples:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import _check
-from . import missing, sampling
+from . import missing, scoring
 from .known import scored
 from .methods import group_advantages
 
@@ -32,8 +32,8 @@ SLOT = "gdpo"
 POLICY_LOSS = "qempo_sequence"
 EMBEDDING = "qempo_embedding"
 
-# The gradient of both slots: what use_fused_logps was last called with.
-_gradient: dict[str, Any] = {"grad": "auto", "tau": None}
+# Of both slots: what use_fused_logps was last called with.
+_options: dict[str, Any] = {}
 
 # What this module takes the place of, and what that must accept: checked at import, so that an upgrade fails loudly.
 _HOOKS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
@@ -81,7 +81,7 @@ def linear_cross_entropy(
         temperature = float(temperature) if temperature.numel() == 1 else temperature.reshape(-1)
     out = scored(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, entropy=True,
-        process_group=dist_process_group, **_gradient,
+        process_group=dist_process_group, **_options,
     )  # fmt: skip
     assert out.entropy is not None
     return out.logps, out.entropy
@@ -98,17 +98,24 @@ def _fused_linear_for_ppo(
     return logps.reshape(input_ids.shape), entropy.reshape(input_ids.shape)
 
 
-def use_fused_logps(*, grad: str = "auto", tau: float | None = None) -> None:
+def use_fused_logps(
+    *,
+    grad: str = "auto",
+    tau: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
+) -> None:
     """Put linear_logps in both slots of ``actor_rollout_ref.model.use_fused_kernels=True``; importing this does it.
 
     Args:
-        grad, tau: as ``qf.linear_logps``, for both slots.
+        grad, tau, logits_dtype, batch_invariant: as ``qf.linear_logps``, for both slots. A model's dtype is known in
+            its first step only: float32 logits of float64 hidden states raise there.
 
     Raises:
         ImportError: verl lacks a hook.
-        TypeError, ValueError: grad, tau.
+        TypeError, ValueError: an argument.
     """
-    _gradient.update(sampling(grad, tau))
+    _options.update(scoring(grad, tau, logits_dtype, batch_invariant))
     check_hooks()
     _triton_slot.linear_cross_entropy = linear_cross_entropy
     _torch_slot.FusedLinearForPPO.forward = _fused_linear_for_ppo

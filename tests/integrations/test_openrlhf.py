@@ -115,6 +115,30 @@ def test_the_actor_gives_openrlhfs_own_log_probs(
     assert logits.shape[-1] == 40  # what asks for logits gets them
 
 
+def test_float32_logits_and_batch_invariant_reach_the_actor(modules: SimpleNamespace) -> None:
+    ids = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(1))
+    asked = {"attention_mask": torch.ones_like(ids), "return_logprobs": True}
+    modules.actor.Actor.forward = modules.forward
+    actor = make_actor(modules, False, 1.0)
+    actor.model.bfloat16()
+    hidden = actor.model.model(ids).last_hidden_state[:, :-1]
+    how = {"logits_dtype": torch.float32, "batch_invariant": True}
+    wanted, rounded = (qf.linear_logps(hidden, actor.model.lm_head.weight, ids[:, 1:], **h).logps for h in (how, {}))
+    assert not torch.equal(wanted, rounded)
+    try:
+        modules.ours.use_fused_logps(**how)
+        assert torch.equal(actor(ids, **asked), wanted)
+        assert actor._qempo_fused.options["batch_invariant"]
+        actor.is_vlm = True
+        with pytest.raises(ValueError, match=r"^batch_invariant: wanted False for a vision model"):
+            actor(ids, **asked)
+        actor(ids, attention_mask=asked["attention_mask"], return_output=True)  # logits have no promise
+        modules.ours.use_fused_logps()
+        actor(ids, **asked)
+    finally:
+        modules.ours.use_fused_logps()
+
+
 K, PROMPTS = 4, 2
 
 

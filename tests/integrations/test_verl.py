@@ -175,6 +175,38 @@ def test_the_gradient_of_the_slots_can_be_made_exact() -> None:
         ours.use_fused_logps()
 
 
+def test_float32_logits_and_a_rows_bits_reach_the_slots() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(300, 16, generator=g), torch.randn(5000, 16, generator=g)
+    labels = torch.randint(5000, (300,), generator=g)
+    half = (hidden.bfloat16(), weight.bfloat16(), labels)
+    wanted = qf.linear_logps(*half, logits_dtype=torch.float32, entropy=True)
+    slots = (triton_slot.linear_cross_entropy, lambda *x: torch_slot.FusedLinearForPPO()(*x))
+    try:
+        for how in ({}, {"logits_dtype": torch.float32}):
+            ours.use_fused_logps(**how)
+            for slot in slots:
+                found = slot(*half)
+                assert [torch.equal(*pair) for pair in zip(found, wanted[:2], strict=True)] == [bool(how)] * 2
+        for how in ({}, {"batch_invariant": True}):
+            ours.use_fused_logps(tau=0.05, **how)  # a sampled step has other tiles than rows that are scored
+            for slot in slots:
+                batch, some = (
+                    slot(hidden.requires_grad_(), weight, labels),
+                    slot(hidden[9:99].detach(), weight, labels[9:99]),
+                )
+                assert [torch.equal(a[9:99], b) for a, b in zip(batch, some, strict=True)] == [bool(how)] * 2
+        with pytest.raises(ValueError, match=r"^logits_dtype: wanted None or torch.float32"):
+            ours.use_fused_logps(logits_dtype=torch.float16)
+        with pytest.raises(TypeError, match=r"^batch_invariant: wanted a bool"):
+            ours.use_fused_logps(batch_invariant=1)
+        ours.use_fused_logps(logits_dtype=torch.float32)  # before a model is there, whose dtype may not go with it
+        with pytest.raises(ValueError, match=r"^logits_dtype: wanted None with float64"):
+            triton_slot.linear_cross_entropy(hidden.double(), weight.double(), labels)
+    finally:
+        ours.use_fused_logps()
+
+
 def test_the_slots_are_ours_and_callers_look_them_up_when_they_run() -> None:
     assert triton_slot.linear_cross_entropy is ours.linear_cross_entropy
     for name in ("forward_with_torch_backend", "forward_with_triton_backend"):

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 import qempo_fast as qf
 
 from ... import _check
-from .. import sampling
+from .. import scoring
 from . import _packed, _swap, _verify
 from ._head import Head, find_head, head_logps, head_of
 from ._packed import IGNORE
@@ -53,6 +53,8 @@ def fused_forward(
     backend: str | None = None,
     varlen: bool = True,
     check: bool = True,
+    logits_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ) -> FusedForward:
     """Make a causal language model return log-probs instead of logits whenever it is called with labels.
 
@@ -81,6 +83,10 @@ def fused_forward(
         check: compare once with the model's own logits and loss, on 32 tokens, and at the first packed row with its
             parts, so that an architecture which does something else raises. For a model with weights on the meta
             device at its first call with labels.
+        logits_dtype: as ``qf.linear_logps``: torch.float32 keeps a half-precision head's logits in float32 and leaves
+            a float32 head as it is. A float64 head raises, at the check or else at the first call with labels.
+        batch_invariant: as ``qf.linear_logps``, of the head: equal hidden states give equal bits whatever rows come
+            with them. Whether the body gives a row equal hidden states in every batch is the model's.
 
     Returns:
         A handle: ``remove()`` restores the model, and as a context manager it does so on exit. Run the backward
@@ -90,7 +96,7 @@ def fused_forward(
     Raises:
         TypeError, ValueError: as ``read_head``; an argument out of range; an encoder-decoder model; an architecture
             whose log-probs differ. At a call: labels for a model that does not shift its own, packed rows for one that
-            mixes them.
+            mixes them; support with batch_invariant.
         ImportError: transformers is not installed.
     """
     _check.positive("temperature", temperature)
@@ -98,8 +104,7 @@ def fused_forward(
         "temperature": temperature,
         "entropy": entropy,
         "sum_sq": sum_sq,
-        **sampling(grad, tau),
-        "backend": backend,
+        **scoring(grad, tau, logits_dtype, batch_invariant, backend),
     }
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     module = find_head(base)

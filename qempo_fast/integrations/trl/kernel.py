@@ -16,7 +16,7 @@ import qempo_fast as qf
 
 from ... import _check
 from ...reference.logps import finish_head
-from .. import sampling
+from .. import scoring
 from ..gathered import averaged
 from ..known import scored
 
@@ -34,7 +34,14 @@ _TILE = (256, 16384)
 _MARGIN = 1e-3
 
 
-def use_fused_logps(*, grad: str = "auto", tau: float | None = None, backend: str | None = None) -> FusedLogps:
+def use_fused_logps(
+    *,
+    grad: str = "auto",
+    tau: float | None = None,
+    backend: str | None = None,
+    logits_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
+) -> FusedLogps:
     """Give every TRL trainer of this process ``linear_logps`` in place of TRL's chunked log-prob kernel.
 
     TRL's trainers (DPO, GRPO, RLOO, KTO, SFT) look the kernel up at each call, so this works before and after a trainer
@@ -46,26 +53,31 @@ def use_fused_logps(*, grad: str = "auto", tau: float | None = None, backend: st
 
     Args:
         grad, tau, backend: as ``qf.linear_logps``.
+        logits_dtype: as ``qf.linear_logps``: torch.float32 keeps half precision's logits in float32, the top-1 flag's
+            too. float32 rows are as they are, float64 ones raise in the step; TRL's kernel, where it runs, rounds.
+        batch_invariant: as ``qf.linear_logps``, of log-probs, entropy and log sum p^2 of equal hidden states. TRL's
+            kernel does not promise it: what would fall to that raises, with the reason.
 
     Returns:
         A handle: ``remove()`` gives TRL its kernel back, and as a context manager it does so on exit.
 
     Raises:
         ImportError: this version of TRL has no such kernel; it names the versions that do.
-        TypeError: in a step, a head that is quantised: its integers are not its weights.
+        TypeError, ValueError: an argument; in a step, a head that is quantised: its integers are not its weights.
     """
-    return FusedLogps({**sampling(grad, tau), "backend": backend})
+    return FusedLogps(scoring(grad, tau, logits_dtype, batch_invariant, backend))
 
 
 def own_logps(fused: bool, grad: str, tau: float | None) -> AbstractContextManager[Any]:
-    """The seam during a trainer's own calls: as its arguments want it, and at their defaults an outer patch counts."""
+    """The seam during a trainer's own calls: an outer patch, with the trainer's gradient where it wants one."""
     default = grad == "auto" and tau is None
     if not fused and not default:
         _check.bad_value("grad", "'auto', and no tau, with fused=False: the seam is left as it is", grad)
-    outer = isinstance(getattr(trl_utils, _SEAM, None), _Kernel)
-    if not fused or (outer and default):
+    outer = getattr(trl_utils, _SEAM, None)
+    held = outer.options if isinstance(outer, _Kernel) else {}
+    if not fused or (held and default):
         return nullcontext()
-    return use_fused_logps(grad=grad, tau=tau)
+    return use_fused_logps(**{**held, "grad": grad, "tau": tau})
 
 
 def seam_rows(x: torch.Tensor, counted: torch.Tensor) -> torch.Tensor | None:
@@ -144,6 +156,8 @@ class _Kernel:
         weight, bias = averaged(weight), None if bias is None else averaged(bias)
         reason = _refusal(hidden, weight, softcap, logit_scale, outputs)
         if reason is not None:
+            if self.options["batch_invariant"]:
+                _check.bad_value("batch_invariant", f"False where TRL's own kernel has to run: {reason}", True)
             if reason not in self._told:
                 logger.warning("TRL's own log-prob kernel runs instead of linear_logps: %s", reason)
                 self._told.add(reason)
@@ -167,7 +181,8 @@ class _Kernel:
         )
         # Under autocast the mean logit's product would run in bfloat16: 0.09 off at 30, where TRL's is 0.013 off.
         with torch.no_grad(), torch.autocast(kind, enabled=False):
-            mean, top1 = _metrics(tokens, (hidden, weight, bias, targets), head, outputs)
+            tensors = (hidden, weight, bias, targets)
+            mean, top1 = _metrics(tokens, tensors, head, outputs, self.options["logits_dtype"])
         return tokens.logps, tokens.entropy, tokens.sum_sq if "log_sum_sq_probs" in outputs else None, mean, top1
 
 
@@ -190,13 +205,14 @@ def _metrics(
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
     head: dict[str, Any],
     outputs: tuple[str, ...],
+    logits_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Mean logit and top-1 flag of each row, where asked for."""
     hidden, weight, bias, targets = tensors
     mean = top1 = None
     if "mean_logits" in outputs and head["softcap"] is not None:
         # tanh of each logit has no mean in closed form: one more pass over the logits, which gives the maximum too.
-        mean, best = _pass_over_logits(hidden, weight, bias, head)
+        mean, best = _pass_over_logits(hidden, weight, bias, head, logits_dtype)
         return mean, best == targets if "is_top1" in outputs else None
     if "mean_logits" in outputs:
         # The mean of h . w_j + b_j over j is h . mean(w) + mean(b): no logits needed.
@@ -210,23 +226,27 @@ def _metrics(
         top1 = 2 * logp + math.log(2) > log_s + _MARGIN
         unsure = (~top1 & (logp > log_s - _MARGIN)).nonzero()[:, 0]
         if len(unsure):
-            _, best = _pass_over_logits(hidden[unsure], weight, bias, head)
+            _, best = _pass_over_logits(hidden[unsure], weight, bias, head, logits_dtype)
             top1[unsure] = best == targets[unsure]
     return mean, top1
 
 
 def _pass_over_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: dict[str, Any]
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    head: dict[str, Any],
+    logits_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(N,) mean logit and index of the first largest logit, tile by tile."""
-    n, vocabulary = len(hidden), len(weight)
+    n, vocabulary, dtype = len(hidden), len(weight), logits_dtype or hidden.dtype
     total = torch.zeros(n, device=hidden.device, dtype=torch.float32)
     best = torch.zeros(n, dtype=torch.int64, device=hidden.device)
     rows, columns = _TILE
     for a in range(0, n, rows):
         top = torch.full((min(rows, n - a),), -torch.inf, device=hidden.device, dtype=torch.float32)
         for v in range(0, vocabulary, columns):
-            raw = (hidden[a : a + rows] @ weight[v : v + columns].t()).float()
+            raw = (hidden[a : a + rows].to(dtype) @ weight[v : v + columns].to(dtype).t()).float()
             raw = raw if bias is None else raw + bias[v : v + columns]
             value, at = raw.max(1)
             # Strictly larger: of equal logits the first counts, as in TRL. Scale, cap and temperature keep the order.
