@@ -1,4 +1,6 @@
-"""Coefficients that a training loop knows before its forward, on their way through a framework to the output head."""
+"""What a training loop knows before its forward, on its way through a framework to the output head: coefficients of
+the log-probs, and the sets that tokens were drawn from.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import qempo_fast as qf
 from .. import _check
 
 _coefficients: ContextVar[torch.Tensor | None] = ContextVar("coefficients", default=None)
+_sets: ContextVar[qf.Support | None] = ContextVar("sets", default=None)
 # Of the largest: loss code multiplies coefficients in float32 in another order than who foretold them.
 _TOLERANCE = 1e-4
 
@@ -47,10 +50,75 @@ def known_coefficients(coefficients: torch.Tensor | None) -> Iterator[None]:
         _coefficients.reset(token)
 
 
+@contextmanager
+def kept_sets(support: qf.Support | None) -> Iterator[None]:
+    """Around a forward of tokens that were drawn from these sets: its log-probs and entropies are over them.
+
+    For heads that a framework calls: ``fused_forward``, and ``use_fused_logps`` of TRL, verl and OpenRLHF. Both sides
+    of a ratio want it. A label whose set is empty is left out, with a log-prob of 0, as prompts and padding have none.
+    Compiled modules run eagerly inside: a graph would keep the sets of the step that it was traced with.
+
+    Args:
+        support: a set for each label that the head scores: row after row of labels for ``fused_forward``; for verl's
+            slots one for each label; for TRL's seam ``trl.kernel.seam_sets(support, counted)``. None: nothing is kept.
+
+    Raises:
+        TypeError, ValueError: naming support; in the forward where their number is not that of the labels.
+    """
+    if support is None:
+        yield
+        return
+    if not isinstance(support, qf.Support):
+        _check.bad_type("support", "a qempo_fast.Support or None", type(support).__name__)
+    token = _sets.set(support)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        _sets.reset(token)
+
+
+def refuse_under_sets(reason: str) -> None:
+    """Raise where log-probs over the whole vocabulary would come out in spite of kept_sets."""
+    if _sets.get() is not None:
+        _check.bad_value("support", f"None where a framework's own log-probs have to run: {reason}", "kept_sets")
+
+
+def lined_up(support: Any, shape: torch.Size, shift: int) -> qf.Support:
+    """The sets of labels (..., T) without the first shift of each row, out of one for each label."""
+    count = shape.numel()
+    if not isinstance(support, qf.Support) or len(support.offsets) != count + 1:
+        got = len(support.offsets) - 1 if isinstance(support, qf.Support) else type(support).__name__
+        _check.bad_value("support", f"a qempo_fast.Support of {count} sets, one for each label", got)
+    if not shift:
+        return support
+    positions = torch.arange(count, device=support.offsets.device, dtype=torch.int64).view(shape)
+    return support.rows(positions[..., shift:].reshape(-1))
+
+
+def _of_sets(targets: torch.Tensor, shift: int, options: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """targets and options under kept_sets: shift as scored has it."""
+    support = None if torch.compiler.is_compiling() else _sets.get()
+    if support is None:
+        return targets, options
+    if options.get("support") is not None:
+        _check.bad_value("support", "None at a call under kept_sets", "one")
+    # Who scores the labels of one tensor without its first has sets for all of them, or for those alone.
+    cut = shift if len(support.offsets) != targets.numel() + 1 else 0
+    support = lined_up(support, torch.Size((*targets.shape[:-1], targets.shape[-1] + cut)), cut).to(targets.device)
+    empty = (support.offsets.diff() == 0).view(targets.shape)
+    targets = targets.masked_fill(empty, options.get("ignore_index", -100))
+    return targets, {**options, "support": support}
+
+
 def scored(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, shift: int = 0, **options: Any
 ) -> qf.TokenLogps | qf.TokenScores:
-    """linear_logps; of known coefficients with its gradient made already. shift: labels that the head leaves out."""
+    """linear_logps, over the kept sets where there are; of known coefficients with its gradient made already.
+
+    shift: labels of each row that the head leaves out.
+    """
+    targets, options = _of_sets(targets, shift, options)
     # A graph would keep those of the step that it was traced with.
     coefficients = None if torch.compiler.is_compiling() else _coefficients.get()
     # Kept sets have no logits to make a second time: nothing is gained there. weighted_logps keeps no row's bits.

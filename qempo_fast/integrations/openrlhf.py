@@ -21,6 +21,7 @@ import torch
 
 from .. import _check
 from . import missing, scoring
+from .known import refuse_under_sets
 from .methods import GROUPS, by_name, group_advantages
 
 _ACTOR = "openrlhf.models.actor"
@@ -106,6 +107,8 @@ def use_fused_logps(
         **mm_inputs: Any,
     ) -> Any:
         asks, vision = action_mask is not None or return_logprobs, bool(mm_inputs) or getattr(self, "is_vlm", False)
+        if asks and vision:
+            refuse_under_sets("a vision model's forward is OpenRLHF's")
         if asks and vision and _options["batch_invariant"]:
             _check.bad_value("batch_invariant", "False for a vision model, whose forward is OpenRLHF's own", True)
         if vision or not asks:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-import qempo_fast as qf
-
 from ... import _check
 from .. import scoring
+from ..known import lined_up
 from . import _packed, _swap, _verify
 from ._head import Head, find_head, head_logps, head_of
 from ._packed import IGNORE
@@ -248,21 +247,9 @@ class _Asked:
         self.targets = _packed.targets(labels, kwargs)[:, 1:] if shifted is None else shifted
         self.options = options
         if (support := kwargs.pop("support", None)) is not None:
-            self.options = {**options, "support": self._shifted(support)}
+            sets = lined_up(support, self.shape, self.shift).to(self.head.weight.device)
+            self.options = {**options, "support": sets}
         self.scores: Any = None
-
-    def _shifted(self, support: Any) -> Any:
-        """The sets of the targets, of one for each label."""
-        count = self.shape.numel()
-        if not isinstance(support, qf.Support) or len(support.offsets) != count + 1:
-            got = len(support.offsets) - 1 if isinstance(support, qf.Support) else type(support).__name__
-            _check.bad_value("support", f"a qempo_fast.Support of {count} sets, one for each label", got)
-        if self.shift:
-            positions = torch.arange(count, device=support.offsets.device, dtype=torch.int64).view(self.shape)[
-                :, self.shift :
-            ]
-            support = support.rows(positions.reshape(-1))
-        return support.to(self.head.weight.device)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.scores is not None:

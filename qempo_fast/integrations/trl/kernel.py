@@ -18,7 +18,7 @@ from ... import _check
 from ...reference.logps import finish_head
 from .. import scoring
 from ..gathered import averaged
-from ..known import scored
+from ..known import lined_up, refuse_under_sets, scored
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,18 @@ def seam_rows(x: torch.Tensor, counted: torch.Tensor) -> torch.Tensor | None:
     return x[counted] if trl_utils._use_triton(x.device) else x.reshape(-1)
 
 
+def seam_sets(support: qf.Support, counted: torch.Tensor) -> qf.Support:
+    """The sets of seam_rows, out of one for each token of the input (S, T), empty where a token was not drawn.
+
+    ``kept_sets`` takes them around TRL's forward; ``support.spread(drawn)`` lines up those of the drawn tokens.
+    """
+    rows = torch.arange(counted.numel(), device=counted.device, dtype=torch.int64).view(counted.shape)
+    index = seam_rows(rows, counted)
+    if index is None:
+        raise ImportError(f"trl {trl.__version__} does not say of which tokens its rows are (tested with 1.16.0)")
+    return lined_up(support, counted.shape, 0).rows(index)
+
+
 def _seam() -> Any:
     """What stands in TRL's seam now: its kernel, or one of ours."""
     kernel = getattr(trl_utils, _SEAM, None)
@@ -156,6 +168,7 @@ class _Kernel:
         weight, bias = averaged(weight), None if bias is None else averaged(bias)
         reason = _refusal(hidden, weight, softcap, logit_scale, outputs)
         if reason is not None:
+            refuse_under_sets(reason)
             if self.options["batch_invariant"]:
                 _check.bad_value("batch_invariant", f"False where TRL's own kernel has to run: {reason}", True)
             if reason not in self._told:
