@@ -132,8 +132,9 @@ def scored(
     if coefficients.numel() != targets.numel():
         wanted = f"one for each of {targets.numel()} labels that the head scores"
         _check.bad_value("coefficients", wanted, coefficients.numel())
-    if options.pop("sum_sq", False):
-        _check.bad_value("sum_sq", "False with known coefficients", True)
+    for name in ("sum_sq", "top1"):
+        if options.pop(name, False):
+            _check.bad_value(name, "False with known coefficients", True)
     coefficients = coefficients.reshape(targets.shape).to(hidden.device)
     made = qf.weighted_logps(hidden, weight, targets, coefficients, **options)
     counted = targets != options.get("ignore_index", -100)
