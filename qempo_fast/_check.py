@@ -86,9 +86,18 @@ def readable(x: torch.Tensor) -> bool:
     return not traced(x) and may_read(x)
 
 
+def _knows_autocast(device_type: str) -> bool:
+    return bool(torch.amp.is_autocast_available(device_type))
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports Dynamo. Up to torch 2.11 Dynamo cannot
+# trace the question, and no log-prob was one graph there.
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for this kind of device; some, such as meta, know none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def own_dtypes(device_type: str) -> AbstractContextManager[Any]:
