@@ -103,7 +103,9 @@ def seed() -> torch.Tensor:
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    # Within torch.func.grad Dynamo says of a view of its argument that it wants none.
+    within = torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() and any(x is not None and (within or x.requires_grad) for x in tensors)
 
 
 def _autocast(
