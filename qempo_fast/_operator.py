@@ -6,6 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._library.autograd import make_autograd_impl
+from torch._library.utils import fill_defaults
+from torch.autograd.function import _SingleLevelFunction
 
 from . import _check
 
@@ -17,6 +21,7 @@ def differentiable(operator: Any, setup: Callable[..., None], backward: Callable
     is 0 without a word. An autograd function takes the one, by rules that torch derives, and refuses the other.
     """
     operator.register_autograd(backward, setup_context=setup)
+    _pass_transforms(operator, setup, backward)
     node: Any = type(
         operator._name.rpartition("::")[2],
         (torch.autograd.Function,),
@@ -32,6 +37,35 @@ def differentiable(operator: Any, setup: Callable[..., None], backward: Callable
         return node.apply(*args) if _check.transformed() and not _functionalizes() else operator(*args)
 
     return call
+
+
+def _pass_transforms(operator: Any, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Let the operator itself pass torch.func.grad: torch.compile puts it into a graph with the transform's levels.
+
+    torch's own autograd of an operator asks there for a function with setup_context. Dynamo could trace node.apply in
+    its place, and then took gradients that were asked for as unwanted: zeros.
+    """
+    overload = operator._opoverload
+    plain = make_autograd_impl(overload, operator)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return plain(keyset, *args)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                out = overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            setup(ctx, fill_defaults(overload._schema, args, {})[0], out)
+            return out
+
+        parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        level: Any = type(overload._opname, (_SingleLevelFunction,), parts)
+        with enable_single_level_autograd_function():
+            return level.apply(*args)
+
+    # Fake tensors are of the second. torch's own is of the alias of all these keys: to take its place would warn.
+    for key in ("AutogradCPU", "AutogradMeta", "AutogradCUDA"):
+        operator._lib.impl(operator._name, kernel, key, with_keyset=True)
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

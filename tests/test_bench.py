@@ -319,6 +319,32 @@ def test_rows_of_a_gpus_run_have_wall_time(monkeypatch: pytest.MonkeyPatch) -> N
     assert {r["provider"] for r in walls} == {*names, "three passes"}
 
 
+def test_options_of_a_head_are_timed_where_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each beside the call without it and plain torch; a provider that forgets its option is refused."""
+    options = load("suite.options")
+    draw = torch.Generator().manual_seed(0)
+    states, head = (torch.randn(n, 576, generator=draw) / 3 for n in (32, 1024))
+    monkeypatch.setattr(options.heads, "real", lambda source, n: (states[:n], head, torch.arange(n)))
+    options.inputs.cache_clear()
+    assert {case.option for case in options.SETS["options"].cases} == {"columns", "logits_dtype", "batch_invariant"}
+    for case in options.SETS["tiny"].cases:
+        made, found = options.inputs(case, "cpu"), {}
+        for name in options.PROVIDERS:
+            step, found[name] = options.checked(name, case, made)
+            assert step.run()[0].shape == (32, 1 if case.option != "columns" or "without" in name else 5)
+            assert all(error > 0 for error in found[name].values())
+        if case.option == "logits_dtype":
+            plain, wide = (found[f"qempo_fast {word} the option"]["error_hidden"] for word in ("without", "with"))
+            assert wide < plain / 2
+    columns = options.SETS["tiny"].cases[0]
+    wrong = options.PROVIDERS["plain torch"]._replace(make=lambda case, device: options._without)
+    monkeypatch.setitem(options.PROVIDERS, "plain torch", wrong)
+    with pytest.raises(load("suite.interleave").Inaccurate, match="plain torch"):
+        options.checked("plain torch", columns, options.inputs(columns, "cpu"))
+    options.inputs.cache_clear()
+    options.truth.cache_clear()
+
+
 def test_truth_in_blocks_is_the_references() -> None:
     """dhidden and every third row of dweight, over blocks whose length three does not divide."""
     truth = load("suite.logps").truth

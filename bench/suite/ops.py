@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-OPS = ("logps", "support", "dpp", "losses", "step")
+OPS = ("logps", "support", "options", "dpp", "losses", "step")
 
 
 def load(op: str) -> ModuleType:

@@ -102,8 +102,16 @@ def seed() -> torch.Tensor:
     return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
 
 
+def _mapped() -> bool:
+    """Whether the innermost transform is vmap."""
+    level = torch._C._functorch.peek_interpreter_stack()
+    return level is not None and level.key() == torch._C._functorch.TransformType.Vmap
+
+
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    # Within torch.func.grad Dynamo says of a view of its argument that it wants none, and vmap of its own tensors.
+    within = torch._C._are_functorch_transforms_active() and (torch.compiler.is_compiling() or _mapped())
+    return torch.is_grad_enabled() and any(x is not None and (within or x.requires_grad) for x in tensors)
 
 
 def _autocast(

@@ -190,6 +190,8 @@ class _LogSumExp(torch.autograd.Function):
     infinite where a target has probability 0.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(z: torch.Tensor, logps: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return lse.clone()
@@ -267,6 +269,8 @@ def _columns(call: Call, out: Scored, columns: _Optional, support: Support | Non
 
 class _Mean(torch.autograd.Function):
     """Of x (V, ...) the mean over its first axis in the dtype of sums, or of a shard its part of that over all rows."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: torch.Tensor, over: int) -> torch.Tensor:  # type: ignore[override]
