@@ -63,9 +63,9 @@ def ops(device: str) -> dict[str, tuple[Function, Tensors]]:
 
     def columns(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         out = qf.linear_logps(
-            h, w, targets, columns=targets.unsqueeze(1) // torch.arange(1, 4, device=device), lse=True
+            h, w, targets, columns=targets.unsqueeze(1) // torch.arange(1, 4, device=device), lse=True, mean_logits=True
         )
-        return out.columns.sum() + out.lse.square().sum()
+        return out.columns.sum() + out.lse.square().sum() + out.mean_logits.square().sum()
 
     halves = tuple(x.to(torch.bfloat16) for x in head)
     sets = qf.Support.from_mask(

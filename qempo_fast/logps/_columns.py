@@ -283,7 +283,7 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        # Rounded once and not V times; what autograd adds to dweight is then a row that has no memory of V.
+        # Rounded once and not V times, and expanded: it takes no memory of V rows until autograd adds it to dweight.
         return (grad / ctx.over).to(ctx.dtype).expand(ctx.shape), None
 
 
