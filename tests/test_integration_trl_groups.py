@@ -167,6 +167,49 @@ def test_what_a_tool_wrote_does_not_count(path: str, tmp_path: Path) -> None:
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+def test_grpo_on_policy_is_foretold(
+    kind: str, level: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's losses at the policy that sampled: the gradient made in the forward is that of TRL's own loss code."""
+    config = {"max_steps": 1, "loss_type": kind, "importance_sampling_level": level}
+    trainer = built(Watched, path, tmp_path, config, loss="grpo")
+    trainer.train()
+    output = trainer.rollouts[0][0]
+    # Some rows longer than others, and a tool's tokens.
+    output["completion_mask"][::2, -2:] = 0
+    output["tool_mask"] = torch.ones_like(output["completion_mask"])
+    output["tool_mask"][:, 1] = 0
+    foretold, plain = [], qf.weighted_logps
+    monkeypatch.setattr(qf, "weighted_logps", lambda *a, **k: (foretold.append(len(a[2])), plain(*a, **k))[1])
+    weight = trainer.model.lm_head.weight
+    trainer.model.train()
+
+    def gradient(**more: Any) -> torch.Tensor:
+        return torch.autograd.grad(trainer._compute_loss(trainer.model, {**output, **more}), weight)[0]
+
+    found = gradient()
+    assert len(foretold) == (kind != "vespo")
+    ids = output["completion_ids"]
+    before = len(foretold)
+    with torch.no_grad():
+        old, *_ = trainer._token_logps(trainer.model, output)
+    unknown = gradient(old_per_token_logps=old)  # as after the first of several updates
+    assert len(foretold) == before
+    assert old.shape == ids.shape
+    assert found.abs().max() > 1e-4
+    torch.testing.assert_close(found, unknown, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [{"beta": 0.1}, {"top_entropy_quantile": 0.5}, {"entropy_coef": 0.01}])
+def test_grpo_with_more_in_its_loss_is_not_foretold(
+    config: dict[str, Any], path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qf, "weighted_logps", None)
+    assert history(trained(GroupTrainer, path, tmp_path, {"max_steps": 1, **config}, loss="grpo"), "grad_norm")[0] > 0
+
+
 def test_rewards_of_several_functions_are_weighted(path: str, tmp_path: Path) -> None:
     def other(completions: list[str], **_: Any) -> list[float | None]:
         return [None if i % 2 else 2.0 + i for i in range(len(completions))]

@@ -39,6 +39,9 @@ _UNUSED = (
     *("multi_objective_aggregation", "top_entropy_quantile", "off_policy_mask_threshold", "use_bias_correction_kl"),
     *("mask_truncated_completions", "entropy_coef", "use_adaptive_entropy"),
 )
+# TRL's own losses whose slope at ratio 1 is the advantage, and of these the means over rows of means over tokens.
+_RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+_ROW_MEANS = ("grpo", "sapo")
 # What a model with images takes besides ids and mask, as _get_per_token_logps_and_entropies names it.
 _IMAGES = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
@@ -272,14 +275,12 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         with self._fused():
             if self._method is None:
-                return super()._compute_loss(model, inputs)
+                with known_coefficients(_of_tokens(self._of_trls_loss(inputs), inputs)):
+                    return super()._compute_loss(model, inputs)
             mask = _response_mask(inputs)
             # vLLM's sampler is not quite the policy: TRL's ratio corrects for it, token by token.
             weights = inputs["coefficients"].unsqueeze(1) * mask * inputs.get("importance_sampling_ratio", 1.0)
-            # The prompt has labels of -100.
-            before = inputs["prompt_ids"].shape[1], 0
-            counted = torch.nn.functional.pad(inputs["completion_mask"] != 0, before)
-            with known_coefficients(seam_rows(torch.nn.functional.pad(weights, before), counted)):
+            with known_coefficients(_of_tokens(weights, inputs)):
                 logps, entropy, aux_loss = self._token_logps(
                     model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
                 )
@@ -293,6 +294,33 @@ class GroupTrainer(GRPOTrainer):  # type: ignore[misc]
         sums = self.accelerator.reduce(torch.stack([(entropy.detach() * mask).sum(), mask.sum()]), reduction="sum")
         self._record("entropy", sums[0] / sums[1].clamp(min=1))
         return loss
+
+    def _of_trls_loss(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """(S, L) dloss/dlogps of TRL's own loss, up to a factor; None where it is not known before the forward.
+
+        Where TRL scores no old policy the policy is the one that sampled, and all ratios are 1: whatever the loss and
+        the level of its ratios, a token's coefficient is the advantage, over the tokens of its row where the loss
+        averages over rows.
+        """
+        args = self.args
+        plain = self.beta == 0 and self.top_entropy_quantile == 1 and self.off_policy_mask_threshold is None
+        plain = plain and not self._entropy_bonus_enabled and (args.delta is None or args.delta > 1)
+        if not plain or inputs.get("old_per_token_logps") is not None or self.loss_type not in _RATIO_LOSSES:
+            return None
+        mask, advantages = _response_mask(inputs), inputs["advantages"]
+        if advantages.ndim == 2 and self.importance_sampling_level == "sequence":
+            return None  # one ratio for all advantages of a row
+        weights = mask * (advantages if advantages.ndim == 2 else advantages.unsqueeze(1))
+        return weights / mask.sum(1, keepdim=True).clamp(min=1) if self.loss_type in _ROW_MEANS else weights
+
+
+def _of_tokens(weights: torch.Tensor | None, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Weights (S, L) of the completions as TRL's seam has its rows; the prompt's are 0."""
+    if weights is None:
+        return None
+    before = inputs["prompt_ids"].shape[1], 0
+    counted = torch.nn.functional.pad(inputs["completion_mask"] != 0, before)
+    return seam_rows(torch.nn.functional.pad(weights, before), counted)
 
 
 def _tell_where_sampling_is_cut(args: Any, loss: str) -> None:
