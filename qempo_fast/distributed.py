@@ -85,8 +85,10 @@ def gather_groups(
     own = own[first : first + len(groups)]
     rows = [column[order] for column in columns]
     # The copy connects this rank's rows to their graph.
-    out = (all_.index_copy(0, own, x) if x.requires_grad else all_ for all_, x in zip(rows, tensors, strict=True))
-    return GatheredGroups(tuple(out), offsets, found, own)
+    pairs = zip(rows, tensors, strict=True)
+    with _check.own_dtypes(groups.device.type):
+        out = tuple(all_.index_copy(0, own, x) if x.requires_grad else all_ for all_, x in pairs)
+    return GatheredGroups(out, offsets, found, own)
 
 
 def _check_rows(groups: Any, tensors: Sequence[Any]) -> None:

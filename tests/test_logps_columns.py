@@ -211,6 +211,19 @@ def test_under_func_transforms() -> None:
         torch.testing.assert_close(b, c)
 
 
+def test_a_column_past_the_vocabulary_raises_where_the_graph_runs() -> None:
+    hidden, weight, targets = torch.randn(4, 2), torch.randn(7, 2), torch.arange(4)
+
+    def picked(h: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return qf.linear_logps(h, weight, targets, columns=columns).columns.sum()
+
+    for past in (7, -1):
+        columns = torch.full((4, 2), past)
+        for call in (torch.func.grad(picked), torch.compile(picked, fullgraph=True, backend="aot_eager")):
+            with pytest.raises(ValueError, match=rf"^columns: wanted tokens in \[0, 7\).*got {past}"):
+                call(hidden, columns)
+
+
 # --- shards of the vocabulary, on two ranks
 
 

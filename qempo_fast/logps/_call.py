@@ -119,11 +119,13 @@ def _autocast(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Under autocast the head runs in the autocast dtype, as torch's own linear does."""
     tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
-    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.layout is torch.strided for x in tensors):
+    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors):
         return hidden, weight, bias  # the checks that follow say what is wrong
     device = hidden.device.type
     if not _check.autocasts(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
+    for name, x in zip(("hidden", "weight", "bias"), tensors, strict=False):
+        _check.plain(name, x)  # other kinds of tensor know no cast
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 

@@ -117,6 +117,10 @@ def column_products_fwd(
     hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, wide: bool, backend: str
 ) -> torch.Tensor:
     _check_columns(hidden, weight, ids)
+    if ids.numel() and _check.readable(ids):
+        low, high = map(int, ids.aminmax())
+        if low < 0 or high >= len(weight):
+            _check.bad_value("columns", f"tokens in [0, {len(weight)})", low if low < 0 else high)
     return _products(hidden, weight, ids, 0, wide, Backend.of(backend, hidden.device))
 
 
@@ -252,7 +256,7 @@ def _columns(call: Call, out: Scored, columns: _Optional, support: Support | Non
     ids = call.targets.unsqueeze(1) if columns is None else torch.cat([call.targets.unsqueeze(1), columns], 1)
     wanted = counted.unsqueeze(1) & (ids != call.ignore_index)
     sound = wanted & (ids >= 0) & (ids < vocabulary)
-    z = _logits(call, ids.where(sound, 0), first)
+    z = _logits(call, ids.where(wanted, 0), first)
     lse = _LogSumExp.apply(z[:, 0], out.logps, out.lse.sum(1))  # type: ignore[no-untyped-call]
     lse = lse.where(counted, 0.0)
     if columns is None:

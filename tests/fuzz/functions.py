@@ -109,7 +109,8 @@ def linear_logps(seed: int) -> dict[str, Any]:
     if d.of(True, False, False):
         x["columns"] = _targets(d, len(x["weight"]), *x["targets"].shape, d.size(1, 3))
     x["lse"], x["top1"] = d.of(True, False, False), d.of(True, False, False)
-    mean = x["softcap"] is None
+    # Of one token's p = 1 the mean logit and the log-sum-exp are the same number, of which no digit may be left.
+    mean = x["softcap"] is None and len(x["weight"]) > 1
     x["mean_logits"], x["label_smoothing"] = mean and d.of(True, False, False), d.of(0.0, 0.0, 0.1) if mean else 0.0
     products = "columns" in x or x["lse"] or x["mean_logits"] or x["label_smoothing"]
     x["batch_invariant"] = x["batch_invariant"] and not products

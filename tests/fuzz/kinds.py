@@ -85,7 +85,8 @@ _FAKE = (
 # Nothing in Python tells one from a plain tensor; outside of torch's own functionalisation nobody holds one.
 _BARE = (
     "native code wants .* without memory|unallocated storage|INTERNAL ASSERT FAILED|version_counter for inference|"
-    "convert all Tensors to FakeTensors|AssertionError: True != False"
+    "convert all Tensors to FakeTensors|AssertionError: True != False|"
+    "must not already be a functional tensor"
 )
 
 KINDS = {

@@ -274,6 +274,7 @@ _FUNCTORCH = (
     # functorch's wrapper of one of these says that it is strided.
     "Mkldnn tensor does not support|reshape is not implemented for sparse|Sparse CSR tensors do not have"
 )
+_SUBCLASS = "must implement __coerce_same_metadata|Multiple dispatch failed"
 MODES = {
     "plain": Mode(called, 100),
     "no_grad": Mode(_around(torch.no_grad, False), 8),
@@ -302,7 +303,7 @@ MODES = {
     "triton": Mode(_around(lambda: _environment("QEMPO_BACKEND", "triton")), 0.5),
     # A second each.
     "compile_eager": Mode(_compiled("eager"), 0.1),
-    "compile_aot": Mode(_compiled("aot_eager"), 0.1, "must implement __coerce_same_metadata"),
+    "compile_aot": Mode(_compiled("aot_eager"), 0.1, _SUBCLASS),
 }  # fmt: skip
 
 
