@@ -37,7 +37,7 @@ print(json.dumps([peak, qf.last_stats().kept_share]))
 # The logits are 288 MiB in float32 and 144 in bfloat16, whose products take minutes on processors that have none. Alone
 # on a machine they take 68, 54, 24 and 9 MiB, an exact one with the logits that it may keep (as many bytes as the
 # weight, 24 and 12 MiB); beside other work, which decides about huge pages and what malloc gives back, sampled float32
-# reached three times as much.
+# reached three times as much, and sampled bfloat16 38 to 88 in six runs of one commit.
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("grad", "dtype", "most"),
@@ -47,7 +47,7 @@ print(json.dumps([peak, qf.last_stats().kept_share]))
         ("frozen", "float32", 100),
         ("frozen", "bfloat16", 70),
         ("sampled", "float32", 100),
-        ("sampled", "bfloat16", 60),
+        ("sampled", "bfloat16", 100),
     ],
 )
 def test_peak_memory(grad: str, dtype: str, most: float) -> None:

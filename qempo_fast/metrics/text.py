@@ -19,14 +19,17 @@ from ._words import apart, words
 _IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-# Traced by torch.compile, an import runs a whole library's body through Dynamo: scipy's ends in its AttributeError.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _library(metric: str, package: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         message = f"{metric} needs {package}: pip install qempo-fast[metrics]"
         raise ImportError(message) from error
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports Dynamo. Traced, an import runs a whole
+# library's body through Dynamo: scipy's ends in an AttributeError there.
+_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _strings(texts: Any) -> list[str]:
