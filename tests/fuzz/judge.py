@@ -140,7 +140,7 @@ def _of_results(call: _Call, spec: Spec, results: Results) -> Verdict:
             plain = plain or _plainly(call, spec, results)
             like = _named(plain, name, true)
             if name.startswith("gradient"):
-                like, true = (_independent(call, name, out, x) for x in (like, true))
+                like, true = _independent(call, name, out, like, true)
         if wrong := _differs(out, like, true, eps):
             return Verdict("wrong", f"{name}: {wrong}")
     return Verdict("right" if results.values else "returned")
@@ -199,17 +199,18 @@ def _truth(call: _Call, spec: Spec, results: Results) -> Results:
     return modes.called(call.function.defined(), _fresh(call.plain, torch.float64), differentiate)
 
 
-def _independent(call: _Call, name: str, out: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """true, and where out has a number for its NaN what is right where that number depends on nothing that is not one.
+def _independent(call: _Call, name: str, out: torch.Tensor, *found: torch.Tensor) -> list[torch.Tensor]:
+    """found, and where out has a number for its NaN what is right where that number depends on nothing that is not one.
 
     Plain torch multiplies by 0 what a row without a coefficient, or a token outside of a set, holds, and 0 times it is
     NaN; a kernel that never reads it has the number that any other there gives.
     """
-    free = true.isnan() & out.isfinite()
-    if not bool(free.any()):
-        return true
-    found = modes.called(call.function.defined(), _fresh(call.plain, torch.float64, finite=True))
-    return true.where(~free, found.grads[name.removeprefix("gradient ")].to(true.dtype))
+    free = [x.isnan() & out.isfinite() for x in found]
+    if not any(bool(where.any()) for where in free):
+        return list(found)
+    results = modes.called(call.function.defined(), _fresh(call.plain, torch.float64, finite=True))
+    right = results.grads[name.removeprefix("gradient ")]
+    return [x.where(~where, right.to(x.dtype)) for x, where in zip(found, free, strict=True)]
 
 
 def _plainly(call: _Call, spec: Spec, results: Results) -> Results:
